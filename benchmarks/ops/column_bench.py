@@ -1,0 +1,182 @@
+"""The benchmark that every op gets, written once: an op's file names its cases, ``ColumnBench`` measures them.
+
+Each case is run forward, and forward + backward with a dense output gradient. Correctness comes first: ours is compared
+with the reference in float64 before anything is timed. Then ours and its peers take turns within each round, so that a
+noisy moment hits all of them; a ratio is the median over rounds of the peer's time by ours. The peers are eager code as
+people write it, the best library call, and torch.compile of the reference. Losses are printed like wins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdis.ops import _backends
+
+ROUND_SECONDS = 2e-3  # a shorter call is repeated within a round until it takes this long
+BUDGET_SECONDS = 6.0  # for the rounds of one case and pass
+ROUNDS = (9, 101)  # fewest and most
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of an op.
+
+    ``targets`` are what the ratio to the fastest peer (``"fastest"``) or to a named peer has to reach, by pass.
+    ``floor`` gives, by pass, the bytes that must move and the floating-point operations that must be done.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    peers: dict[str, Callable[..., Tensor]]
+    floor: dict[str, tuple[float, float]]
+    targets: dict[str, dict[str, float]] = field(default_factory=dict)
+    quick: bool = False  # part of the short table
+
+
+@dataclass
+class Contender:
+    """Something to time: a call, how often a round repeats it, and its times."""
+
+    run: Callable[[], Any]
+    repeats: int = 1
+    seconds: list[float] = field(default_factory=list)
+
+    def warm_up(self) -> None:
+        for _ in range(3):
+            self.run()
+        started = time.perf_counter()
+        self.run()
+        self.repeats = max(1, round(ROUND_SECONDS / (time.perf_counter() - started)))
+
+    def time(self) -> None:
+        started = time.perf_counter()
+        for _ in range(self.repeats):
+            self.run()
+        self.seconds.append((time.perf_counter() - started) / self.repeats)
+
+
+def passes_of(op: Callable[..., Tensor], case: Case) -> dict[str, Callable[[], Any]]:
+    """The forward pass without autograd, and forward + backward with a dense gradient."""
+    leaves = {k: t.clone().requires_grad_(t.is_floating_point()) for k, t in case.tensors.items()}
+    wanted = [t for t in leaves.values() if t.requires_grad]
+    with torch.no_grad():
+        output = op(**leaves)
+    grad = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(output)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return op(**leaves)
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        output = op(**leaves)
+        return (output, *torch.autograd.grad(output, wanted, grad))
+
+    return {"forward": forward, "forward+backward": forward_backward}
+
+
+def peak_extra_bytes(run: Callable[[], Any]) -> int | None:
+    """The most memory that the process holds during ``run`` beyond what it held before, where Linux tells."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def kilobytes(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    try:
+        clear.write_text("5")
+    except OSError:
+        return None
+    before = kilobytes("VmRSS:")
+    run()
+    return max(0, kilobytes("VmHWM:") - before) * 1024
+
+
+class ColumnBench:
+    """Subclass as ``class BenchName(ColumnBench)`` and define ``name``, ``op``, ``reference`` and ``cases()``."""
+
+    name: str
+    op: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+
+    @staticmethod
+    def cases() -> list[Case]:
+        raise NotImplementedError
+
+    @classmethod
+    def generate(cls, metafunc: pytest.Metafunc) -> None:
+        column = _backends.columns()[cls.name]
+        backends = [b for b in _backends.BACKENDS if (b, "cpu") in column.choices and b != "reference"]
+        metafunc.parametrize("case", cls.cases(), ids=lambda c: c.name)
+        metafunc.parametrize("direction", ["forward", "forward+backward"])
+        metafunc.parametrize("backend", backends)
+
+    def test_speed(self, benchmark, case: Case, direction: str, backend: str, machine_rates):
+        cls = type(self)
+
+        def ours(**tensors: Tensor) -> Tensor:
+            return cls.op(**tensors, **case.options, backend=backend)
+
+        def reference(**tensors: Tensor) -> Tensor:
+            return cls.reference(**tensors, **case.options)
+
+        error = self.check(ours, reference, case)
+        torch.compiler.reset()
+        peers = {"eager": reference, **case.peers, "compile": torch.compile(reference, dynamic=False)}
+        contenders = {"ours": Contender(passes_of(ours, case)[direction])}
+        contenders |= {peer: Contender(passes_of(function, case)[direction]) for peer, function in peers.items()}
+        if direction == "forward":
+            first = next(iter(case.tensors.values()))
+            contenders["clone"] = Contender(first.clone)
+        for contender in contenders.values():
+            contender.warm_up()
+        round_seconds = sum(self.one_round(contenders) for _ in range(2)) / 2
+        rounds = min(ROUNDS[1], max(ROUNDS[0], int(BUDGET_SECONDS / round_seconds)))
+        for contender in contenders.values():
+            contender.seconds.clear()
+        others = {k: c for k, c in contenders.items() if k != "ours"}
+        benchmark.group = cls.name
+        benchmark.pedantic(
+            contenders["ours"].time, setup=lambda: self.one_round(others) and None, rounds=rounds, iterations=1
+        )
+
+        times = {name: median(c.seconds) for name, c in contenders.items()}
+        fastest = min(peers, key=times.__getitem__)
+        ratios = {
+            peer: median(t / o for t, o in zip(c.seconds, contenders["ours"].seconds, strict=True))
+            for peer, c in others.items()
+        }
+        moved, done = case.floor[direction]
+        floor = max(moved / machine_rates["copy_bytes_per_second"], done / machine_rates["gemm_flops_per_second"])
+        inputs = sum(t.nbytes for t in case.tensors.values())
+        extra = peak_extra_bytes(contenders["ours"].run)
+        benchmark.extra_info.update(
+            op=cls.name, case=case.name, direction=direction, backend=backend, error=error, seconds=times,
+            ratios=ratios, fastest=fastest, floor_seconds=floor, targets=case.targets.get(direction, {}),
+            peak_extra_over_inputs=None if extra is None else extra / inputs,
+        )  # fmt: skip
+
+    @staticmethod
+    def one_round(contenders: dict[str, Contender]) -> float:
+        started = time.perf_counter()
+        for contender in contenders.values():
+            contender.time()
+        return time.perf_counter() - started
+
+    @staticmethod
+    def check(ours: Callable[..., Tensor], reference: Callable[..., Tensor], case: Case) -> float:
+        """The largest relative error of the output and the gradients against the reference in float64."""
+        doubled = {k: t.double() if t.is_floating_point() else t for k, t in case.tensors.items()}
+        actual = passes_of(ours, case)["forward+backward"]()
+        exact = passes_of(reference, replace(case, tensors=doubled))["forward+backward"]()
+        worst = max(((a - e).norm() / e.norm()).item() for a, e in zip(actual, exact, strict=True))
+        assert worst < 1e-4, f"{case.name}: relative error {worst}; nothing is timed"
+        return worst

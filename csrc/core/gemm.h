@@ -1,0 +1,66 @@
+// A small dense matrix product for operands that are already in cache, compiled per instruction set.
+
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "isa.h"
+
+namespace fastdis {
+
+// Columns of B and C are padded to this many elements, rows of C to `row_pad`.
+template <class A>
+constexpr int64_t column_pad = 64 / static_cast<int64_t>(sizeof(A));
+constexpr int64_t row_pad = 8;
+
+constexpr int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// One tile: R rows by W vectors of C, its accumulators in registers.
+template <class Isa, class A, int R, int W>
+FASTDIS_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row,
+                                  A* c, int64_t c_row, bool accumulate) {
+  typedef A Vector __attribute__((vector_size(Isa::vector_bytes), aligned(alignof(A)), may_alias));
+  constexpr int lanes = Isa::vector_bytes / sizeof(A);
+  // Index sequences, because arrays of accumulators become registers only under constant indices.
+  const auto for_each = []<int... i>(std::integer_sequence<int, i...>, const auto& body)
+                            FASTDIS_INLINE_LAMBDA { (body(std::integral_constant<int, i>{}), ...); };
+  constexpr auto all = std::make_integer_sequence<int, R * W>{};
+  Vector sum[R * W];
+  for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA {
+    Vector* from = reinterpret_cast<Vector*>(c + i / W * c_row + i % W * lanes);
+    sum[i] = accumulate ? *from : Vector{};
+  });
+  for (int64_t k = 0; k < depth; ++k) {
+    for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA {
+      const Vector row = *reinterpret_cast<const Vector*>(b + k * b_row + i % W * lanes);
+      sum[i] += row * a[i / W * a_row + k * a_column];
+    });
+  }
+  for_each(all, [&](auto i)
+                    FASTDIS_INLINE_LAMBDA { *reinterpret_cast<Vector*>(c + i / W * c_row + i % W * lanes) = sum[i]; });
+}
+
+// C[i][j] = (accumulate ? C[i][j] : 0) + sum_k A(i, k) B[k][j], with A(i, k) = a[i * a_row + k * a_column].
+// rows is a multiple of row_pad, columns of column_pad.
+template <class Isa, class A>
+FASTDIS_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_column,
+                             const A* b, int64_t b_row, A* c, int64_t c_row, bool accumulate) {
+  constexpr int R = Isa::tile_rows;
+  constexpr int64_t lanes = Isa::vector_bytes / sizeof(A);
+  int64_t j = 0;
+  for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+    for (int64_t i = 0; i < rows; i += R) {
+      multiply_tile<Isa, A, R, 2>(depth, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row,
+                                  accumulate);
+    }
+  }
+  for (; j < columns; j += lanes) {
+    for (int64_t i = 0; i < rows; i += R) {
+      multiply_tile<Isa, A, R, 1>(depth, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row,
+                                  accumulate);
+    }
+  }
+}
+
+}  // namespace fastdis

@@ -1,0 +1,123 @@
+// Storage types and branch-free maths that the compiler vectorises without -ffast-math.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "isa.h"
+
+namespace fastdis {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// The dtype of statistics and accumulators: float64 for float64, else float32.
+template <class T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class To, class From>
+FASTDIS_INLINE To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+FASTDIS_INLINE float load(const float* p, int64_t i) { return p[i]; }
+FASTDIS_INLINE double load(const double* p, int64_t i) { return p[i]; }
+FASTDIS_INLINE float load(const bfloat16* p, int64_t i) {
+  return bit_cast<float>(static_cast<uint32_t>(p[i].bits) << 16);
+}
+FASTDIS_INLINE float load(const float16* p, int64_t i) {
+  const uint32_t half = p[i].bits;
+  const uint32_t sign = (half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7fffu;
+  // Normal numbers, infinity and NaN: move the exponent's bias from 15 to 127; infinity's needs twice the move.
+  const uint32_t bias = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;
+  const uint32_t normal = (magnitude << 13) + bias;
+  // Subnormal numbers: the integer times 2^-24, exact in float32.
+  const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return bit_cast<float>(sign | (magnitude < 0x0400u ? subnormal : normal));
+}
+
+FASTDIS_INLINE void store(float* p, int64_t i, float value) { p[i] = value; }
+FASTDIS_INLINE void store(double* p, int64_t i, double value) { p[i] = value; }
+FASTDIS_INLINE void store(bfloat16* p, int64_t i, float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  p[i].bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+}
+FASTDIS_INLINE void store(float16* p, int64_t i, float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal range: rebias, round to nearest even on the 13 dropped bits; a carry moves into the exponent as it should.
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 0.5 aligns the subnormal's last bit with float32's, and the addition rounds to nearest even.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  p[i].bits = static_cast<uint16_t>(sign | half);
+}
+
+// e^x, relative error below 2 ulp; infinity above the range, zero or a subnormal's neighbour below it, NaN for NaN.
+FASTDIS_INLINE float exponential(float x) {
+  constexpr float high = 88.72283f, low = -87.33654f, magic = 0x1.8p23f;
+  float clamped = x > high ? high : x;  // this order of comparison lets NaN through
+  clamped = clamped < low ? low : clamped;
+  const float shifted = clamped * 0x1.715476p0f + magic;  // round(x / ln 2) in the low bits
+  const float n = shifted - magic;
+  const float r = (clamped - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  float p = 0x1.a01a02p-13f;  // 1/7!
+  p = p * r + 0x1.6c16c2p-10f;
+  p = p * r + 0x1.111112p-7f;
+  p = p * r + 0x1.555556p-5f;
+  p = p * r + 0x1.555556p-3f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // 2^n in two steps, because n reaches 128.
+  const int32_t power = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(magic);
+  const float result = p * bit_cast<float>(((power - 1) + 127) << 23) * 2.0f;
+  const float floored = x < low ? 0.0f : result;
+  return x > high ? std::numeric_limits<float>::infinity() : floored;
+}
+
+FASTDIS_INLINE double exponential(double x) {
+  constexpr double high = 709.782712893384, low = -708.3964185322641, magic = 0x1.8p52;
+  double clamped = x > high ? high : x;
+  clamped = clamped < low ? low : clamped;
+  const double shifted = clamped * 0x1.71547652b82fep0 + magic;
+  const double n = shifted - magic;
+  const double r = (clamped - n * 0x1.62e42fefap-1) - n * 0x1.cf79abc9e3b3ap-40;
+  double p = 1.6059043836821613e-10;  // 1/13!
+  p = p * r + 2.08767569878681e-09;
+  p = p * r + 2.505210838544172e-08;
+  p = p * r + 2.755731922398589e-07;
+  p = p * r + 2.7557319223985893e-06;
+  p = p * r + 2.48015873015873e-05;
+  p = p * r + 1.984126984126984e-04;
+  p = p * r + 1.388888888888889e-03;
+  p = p * r + 8.333333333333333e-03;
+  p = p * r + 4.1666666666666664e-02;
+  p = p * r + 1.6666666666666666e-01;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  const int64_t power = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(magic);
+  const double result = p * bit_cast<double>(((power - 1) + 1023) << 52) * 2.0;
+  const double floored = x < low ? 0.0 : result;
+  return x > high ? std::numeric_limits<double>::infinity() : floored;
+}
+
+}  // namespace fastdis

@@ -1,0 +1,89 @@
+// Between torch's tensors and raw pointers: dtype dispatch, checks, allocation, threads.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "scalar.h"
+
+namespace fastdis {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Below this many elements a kernel stays on the calling thread: waking another costs more than it brings.
+constexpr int64_t serial_elements = 32768;
+
+template <class T>
+constexpr ScalarType scalar_type_of() {
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, float16>) return ScalarType::Half;
+  if constexpr (std::is_same_v<T, bfloat16>) return ScalarType::BFloat16;
+  return ScalarType::Long;
+}
+
+// Calls body.template operator()<T>() with the storage type of `tensor`.
+template <class Body>
+auto dispatch_floating(const Tensor& tensor, const char* name, const Body& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return body.template operator()<float>();
+    case ScalarType::Double:
+      return body.template operator()<double>();
+    case ScalarType::Half:
+      return body.template operator()<float16>();
+    case ScalarType::BFloat16:
+      return body.template operator()<bfloat16>();
+    default:
+      STD_TORCH_CHECK(false, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
+                      "; allowed are float32, float64, float16 and bfloat16");
+  }
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// An uninitialised tensor of these sizes and strides on the device of `like`.
+inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            ScalarType dtype) {
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), static_cast<int32_t>(dtype), device_type,
+                                                         device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
+  return empty_strided(like, sizes, strides, dtype);
+}
+
+inline Tensor make_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline void check_same_dtype(const Tensor& tensor, const char* name, ScalarType wanted) {
+  STD_TORCH_CHECK(tensor.scalar_type() == wanted, name, " has dtype ",
+                  torch::headeronly::toString(tensor.scalar_type()), "; ", torch::headeronly::toString(wanted),
+                  " is needed here");
+}
+
+}  // namespace fastdis
