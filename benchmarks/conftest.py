@@ -47,6 +47,12 @@ def best_rate(work, run, repeats=9):
 
 
 @pytest.fixture(scope="session")
+def quick(request):
+    """Whether the short table is wanted, from few rounds."""
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture(scope="session")
 def machine_rates():
     """This machine's copy rate, read plus written, and its float32 matrix-product rate."""
     source = torch.randn(2**25)

@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -27,6 +29,11 @@ constexpr ScalarType scalar_type_of() {
   if constexpr (std::is_same_v<T, float16>) return ScalarType::Half;
   if constexpr (std::is_same_v<T, bfloat16>) return ScalarType::BFloat16;
   return ScalarType::Long;
+}
+
+inline size_t element_size(ScalarType dtype) {
+  if (dtype == ScalarType::Double || dtype == ScalarType::Long) return 8;
+  return dtype == ScalarType::Float ? 4 : 2;
 }
 
 // Calls body.template operator()<T>() with the storage type of `tensor`.
@@ -57,6 +64,13 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// Under FASTDIS_POISON=1, which the tests set, fresh CPU memory is filled with bytes that are NaN in every floating
+// dtype, so that an element that no kernel writes shows.
+inline bool poison() {
+  static const char* wanted = std::getenv("FASTDIS_POISON");
+  return wanted != nullptr && *wanted == '1';
+}
+
 // An uninitialised tensor of these sizes and strides on the device of `like`.
 inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                             ScalarType dtype) {
@@ -67,7 +81,11 @@ inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& size
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), static_cast<int32_t>(dtype), device_type,
                                                          device_index, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (poison() && tensor.is_cpu() && tensor.numel() > 0) {
+    std::memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * element_size(dtype));
+  }
+  return tensor;
 }
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {

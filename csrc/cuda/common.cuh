@@ -175,11 +175,12 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_shared_bytes);
 }
 
-// The same pointer, of which the compiler no longer knows where it comes from.
+// The same pointer to global memory, of which the compiler no longer knows where it comes from.
 template <typename T>
 __device__ __forceinline__ T* opaque(T* pointer) {
-  asm volatile("" : "+l"(pointer));
-  return pointer;
+  size_t address = __cvta_generic_to_global(pointer);
+  asm volatile("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
 inline void check(cudaError_t status, const char* what) {

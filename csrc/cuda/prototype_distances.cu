@@ -15,19 +15,21 @@ __global__ void __launch_bounds__(kThreads) distances(Episodes<T> e, T* out) {
   using Products = Tile<T, kSize>;
   __shared__ typename Products::Shared shared;
   const int64_t column_tiles = ceil_div(e.num_prototypes, kSize), row_tiles = ceil_div(e.num_queries, kSize);
-  const int64_t first_n = blockIdx.x % column_tiles * kSize, first_q = blockIdx.x / column_tiles % row_tiles * kSize;
+  const int first_n = static_cast<int>(blockIdx.x % column_tiles) * kSize;
+  const int first_q = static_cast<int>(blockIdx.x / column_tiles % row_tiles) * kSize;
+  const int num_queries = static_cast<int>(e.num_queries), num_prototypes = static_cast<int>(e.num_prototypes);
   const int64_t episode = blockIdx.x / column_tiles / row_tiles;
   A product[Products::kMicro][Products::kMicro];
-  Products::multiply(shared, {e.queries_of(episode), first_q, e.num_queries},
-                     {e.prototypes_of(episode), first_n, e.num_prototypes}, e.centre + episode * e.depth,
+  Products::multiply(shared, {e.queries_of(episode), first_q, num_queries},
+                     {e.prototypes_of(episode), first_n, num_prototypes}, e.centre + episode * e.depth,
                      static_cast<int>(e.depth), e.aligned, product);
 #pragma unroll
   for (int i = 0; i < Products::kMicro; ++i) {
 #pragma unroll
     for (int j = 0; j < Products::kMicro; ++j) {
       const int row = threadIdx.x / kSide + kSide * i, column = threadIdx.x % kSide + kSide * j;
-      const int64_t q = first_q + row, n = first_n + column;
-      if (q >= e.num_queries || n >= e.num_prototypes) continue;
+      const int q = first_q + row, n = first_n + column;
+      if (q >= num_queries || n >= num_prototypes) continue;
       A value = shared.row_norm[row] - 2 * product[i][j] + shared.column_norm[column];
       if (value != value) {
         value = direct_distance(e.queries_of(episode) + q * e.depth, e.prototypes_of(episode) + n * e.depth, e.depth);

@@ -106,7 +106,7 @@ struct Tile {
   // `count` vectors of an episode, of which the tile takes kSize from `first` on; those past the end read as zeros.
   struct Operand {
     const T* base;
-    int64_t first, count;
+    int first, count;
   };
 
   // Fills `product` and the norms in `shared`, and ends with a barrier. A later call needs none before it: its slabs
@@ -136,7 +136,7 @@ struct Tile {
         fetch(row_pack, rows, k0 + kDepth, depth, aligned);
         fetch(column_pack, columns, k0 + kDepth, depth, aligned);
       }
-#pragma unroll 2
+#pragma unroll 1
       for (int k = 0; k < kDepth; k += kVector) {
         Pack<A, kVector> a[kMicro], b[kMicro];
 #pragma unroll
@@ -166,9 +166,10 @@ struct Tile {
 #pragma unroll
     for (int load = 0; load < kLoads; ++load) {
       const int unit = threadIdx.x + kThreads * load;
-      const int64_t row = operand.first + unit / kUnitsPerRow;
+      const int row = operand.first + unit / kUnitsPerRow;
       const int k = k0 + unit % kUnitsPerRow * kUnit;
-      pack[load] = load_pack<kUnit>(operand.base + row * depth + k, 0, row < operand.count ? depth - k : 0, aligned);
+      pack[load] =
+          load_pack<kUnit>(operand.base + int64_t{row} * depth + k, 0, row < operand.count ? depth - k : 0, aligned);
     }
   }
 
@@ -259,7 +260,7 @@ PullPlan plan_pull(int64_t episodes, int64_t rows, int64_t columns, int64_t dept
 // prototypes) or of the prototypes (the other way round). weights(episode, q, n, logit) gives W; logits are computed
 // where Weights::kNeedsScores. Sums go to `partial` [splits, episodes, rows, depth] unless it is null.
 template <typename T, bool kRowsAreQueries, typename Weights>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     pull(Episodes<T> e, Weights weights, PullPlan plan, T* out, Accumulate<T>* partial) {
   using A = Accumulate<T>;
   using Scores = Tile<T, kPullSize>;
@@ -274,13 +275,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t slice = blockIdx.x % plan.slices, split = blockIdx.x / plan.slices % plan.splits;
   const int64_t row_tile = blockIdx.x / plan.slices / plan.splits % plan.row_tiles;
   const int64_t episode = blockIdx.x / plan.slices / plan.splits / plan.row_tiles;
-  const int64_t row_count = kRowsAreQueries ? e.num_queries : e.num_prototypes;
-  const int64_t column_count = kRowsAreQueries ? e.num_prototypes : e.num_queries;
+  const int row_count = static_cast<int>(kRowsAreQueries ? e.num_queries : e.num_prototypes);
+  const int column_count = static_cast<int>(kRowsAreQueries ? e.num_prototypes : e.num_queries);
   const T* rows = kRowsAreQueries ? e.queries_of(episode) : e.prototypes_of(episode);
   const T* columns = kRowsAreQueries ? e.prototypes_of(episode) : e.queries_of(episode);
   const A* centre = e.centre + episode * e.depth;
-  const int64_t first_row = row_tile * kPullSize;
-  const int64_t split_end = least(column_count, (split + 1) * plan.split);
+  const int first_row = static_cast<int>(row_tile) * kPullSize;
+  const int split_begin = static_cast<int>(split * plan.split);
+  const int split_end = static_cast<int>(least(column_count, (split + 1) * plan.split));
   const int depth = static_cast<int>(e.depth);
   const int depth_begin = static_cast<int>(slice * plan.slice) * kWide<A>;
   const int depth_end = static_cast<int>(least(depth, (slice + 1) * plan.slice * kWide<A>));
@@ -288,37 +290,44 @@ __global__ void __launch_bounds__(kThreads)
   const int y = threadIdx.x / kSide, x = threadIdx.x % kSide;
 
 #pragma unroll 1
-  for (int64_t chunk = split * plan.split; chunk < split_end; chunk += kChunk<A>) {
-    const int chunk_size = static_cast<int>(least(kChunk<A>, split_end - chunk));
-    const int column_tiles = static_cast<int>(ceil_div(chunk_size, kPullSize));
+  for (int chunk = split_begin; chunk < split_end; chunk += kChunk<A>) {
+    const int chunk_size = split_end - chunk < kChunk<A> ? split_end - chunk : kChunk<A>;
+    const int column_tiles = (chunk_size + kPullSize - 1) / kPullSize;
 #pragma unroll 1
     for (int tile = 0; tile < column_tiles; ++tile) {
-      A product[kMicro][kMicro] = {};
-      const int64_t first_column = chunk + tile * kPullSize;
-      if constexpr (Weights::kNeedsScores) {
-        Scores::multiply(scores, {rows, first_row, row_count}, {columns, first_column, split_end}, centre, depth,
-                         e.aligned, product);
-      }
+      const int first_column = chunk + tile * kPullSize;
       // Prototypes lie side by side in the weights that are read, so they go along x.
       constexpr bool kColumnsAlongX = kRowsAreQueries || Weights::kNeedsScores;
+      const int own_row = kColumnsAlongX ? y : x, own_column = kColumnsAlongX ? x : y;
+      if constexpr (Weights::kNeedsScores) {
+        A product[kMicro][kMicro];
+        Scores::multiply(scores, {rows, first_row, row_count}, {columns, first_column, split_end}, centre, depth,
+                         e.aligned, product);
 #pragma unroll
-      for (int i = 0; i < kMicro; ++i) {
+        for (int i = 0; i < kMicro; ++i) {
 #pragma unroll
-        for (int j = 0; j < kMicro; ++j) {
-          const int row = (kColumnsAlongX ? y : x) + kSide * i, column = (kColumnsAlongX ? x : y) + kSide * j;
-          const int64_t q = kRowsAreQueries ? first_row + row : first_column + column;
-          const int64_t n = kRowsAreQueries ? first_column + column : first_row + row;
-          A value = 0;
-          if (first_row + row < row_count && first_column + column < split_end) {
-            A s = 0;
-            if constexpr (Weights::kNeedsScores) {
-              s = logit(product[i][j], kRowsAreQueries ? scores.column_norm[column] : scores.row_norm[row],
-                        e.queries_of(episode) + q * e.depth, e.prototypes_of(episode) + n * e.depth, e.depth);
-            }
-            value = weights(episode * e.num_queries + q, n, s);
+          for (int j = 0; j < kMicro; ++j) {
+            weight[own_row + kSide * i][tile * kPullSize + own_column + kSide * j] = product[i][j];
           }
-          weight[row][tile * kPullSize + column] = value;
         }
+      }
+      // Each thread turns its own products into weights, one after the other to save registers.
+#pragma unroll(Weights::kNeedsScores ? 1 : kMicro * kMicro)
+      for (int own = 0; own < kMicro * kMicro; ++own) {
+        const int row = own_row + kSide * (own / kMicro), column = own_column + kSide * (own % kMicro);
+        const int q = kRowsAreQueries ? first_row + row : first_column + column;
+        const int n = kRowsAreQueries ? first_column + column : first_row + row;
+        A& target = weight[row][tile * kPullSize + column];
+        if (first_row + row >= row_count || first_column + column >= split_end) {
+          target = 0;
+          continue;
+        }
+        A s = 0;
+        if constexpr (Weights::kNeedsScores) {
+          s = logit(target, kRowsAreQueries ? scores.column_norm[column] : scores.row_norm[row],
+                    e.queries_of(episode) + int64_t{q} * depth, e.prototypes_of(episode) + int64_t{n} * depth, depth);
+        }
+        target = weights(episode * e.num_queries + q, n, s);
       }
     }
     __syncthreads();
@@ -334,7 +343,7 @@ __global__ void __launch_bounds__(kThreads)
 
     // One step per piece of the depth and tile of columns; the next step's vectors are fetched during each.
     Pack<T, kUnit> pack[kLoads];
-    const auto locate = [&](int step, int load, int64_t& column, int& d) {
+    const auto locate = [&](int step, int load, int& column, int& d) {
       const int unit = threadIdx.x + kThreads * load;
       column = chunk + step % column_tiles * kPullSize + unit / kUnitsPerRow;
       d = depth_begin + step / column_tiles * kWide<A> + unit % kUnitsPerRow * kUnit;
@@ -343,17 +352,15 @@ __global__ void __launch_bounds__(kThreads)
     const auto fetch = [&](int step) {
 #pragma unroll
       for (int load = 0; load < kLoads; ++load) {
-        int64_t column;
-        int d;
+        int column, d;
         const int valid = locate(step, load, column, d);
-        pack[load] = load_pack<kUnit>(columns + column * e.depth + d, 0, valid, e.aligned);
+        pack[load] = load_pack<kUnit>(columns + int64_t{column} * depth + d, 0, valid, e.aligned);
       }
     };
     const auto place = [&](int step) {
 #pragma unroll
       for (int load = 0; load < kLoads; ++load) {
-        int64_t column;
-        int d;
+        int column, d;
         const int valid = locate(step, load, column, d);
         const int unit = threadIdx.x + kThreads * load;
 #pragma unroll
@@ -406,9 +413,9 @@ __global__ void __launch_bounds__(kThreads)
         const int d = depth_begin + step / column_tiles * kWide<A> + x * kVector;
 #pragma unroll
         for (int i = 0; i < kMicro; ++i) {
-          const int64_t row = first_row + y + kSide * i;
+          const int row = first_row + y + kSide * i;
           if (row >= row_count) continue;
-          const auto own = load_pack<kVector>(rows + row * e.depth + d, 0, depth - d, e.aligned);
+          const auto own = load_pack<kVector>(opaque(rows) + int64_t{row} * depth + d, 0, depth - d, e.aligned);
           auto total = load_pack<kVector>(centre + d, 0, depth - d, e.aligned);
 #pragma unroll
           for (int v = 0; v < kVector; ++v) {
@@ -418,11 +425,11 @@ __global__ void __launch_bounds__(kThreads)
             Pack<T, kVector> result;
 #pragma unroll
             for (int v = 0; v < kVector; ++v) result.value[v] = narrow<T>(total.value[v]);
-            store_pack<kVector>(out + (episode * row_count + row) * e.depth + d, result, 0, depth - d, e.aligned);
+            store_pack<kVector>(opaque(out) + (episode * row_count + row) * depth + d, result, 0, depth - d, e.aligned);
           } else {
             // This thread wrote the sum over the chunks before, so it may read it without a barrier.
-            A* target = partial + ((split * e.episodes + episode) * row_count + row) * e.depth + d;
-            if (chunk > split * plan.split) {
+            A* target = opaque(partial) + ((split * e.episodes + episode) * row_count + row) * depth + d;
+            if (chunk > split_begin) {
               const auto before = load_pack<kVector>(target, 0, depth - d, e.aligned);
 #pragma unroll
               for (int v = 0; v < kVector; ++v) total.value[v] += before.value[v];
@@ -493,6 +500,10 @@ struct EpisodeTensors {
     STD_TORCH_CHECK(queries.dim() == 3 && prototypes.dim() == 3 && queries.size(0) == prototypes.size(0) &&
                         queries.size(2) == prototypes.size(2) && queries.scalar_type() == prototypes.scalar_type(),
                     op, ": queries and prototypes must be [E, Q, D] and [E, N, D] of one dtype");
+    // Positions inside an episode are 32-bit, those in whole tensors 64-bit. A step below the limit: tiles stick out.
+    constexpr int64_t kMost = int64_t{1} << 30;
+    STD_TORCH_CHECK(queries.size(1) <= kMost && prototypes.size(1) <= kMost && queries.size(2) <= kMost, op,
+                    ": at most 2^30 queries, prototypes and dimensions");
   }
 
   int64_t num_episodes() const { return queries.size(0); }

@@ -34,33 +34,34 @@ __global__ void __launch_bounds__(kThreads) losses(Episodes<T> e, Forward<T> f, 
   __shared__ typename Scores::Shared shared;
   __shared__ A row_loss[kPullSize];
   const int64_t row_tiles = ceil_div(e.num_queries, kPullSize), episode = blockIdx.x / row_tiles;
-  const int64_t first_q = blockIdx.x % row_tiles * kPullSize;
+  const int first_q = static_cast<int>(blockIdx.x % row_tiles) * kPullSize;
+  const int num_queries = static_cast<int>(e.num_queries), num_prototypes = static_cast<int>(e.num_prototypes);
   const int y = threadIdx.x / kSide, x = threadIdx.x % kSide;
 
   A maximum[kMicro], sum[kMicro], own[kMicro];  // of the logits, of exp(logit - maximum), and the label's logit
   int64_t label[kMicro];
 #pragma unroll
   for (int i = 0; i < kMicro; ++i) {
-    const int64_t q = first_q + y + kSide * i;
+    const int q = first_q + y + kSide * i;
     maximum[i] = -infinity<A>();
     sum[i] = own[i] = 0;
-    label[i] = q < e.num_queries ? f.labels[episode * e.num_queries + q] : -1;
+    label[i] = q < num_queries ? f.labels[episode * e.num_queries + q] : -1;
   }
 #pragma unroll 1
-  for (int64_t first_n = 0; first_n < e.num_prototypes; first_n += kPullSize) {
+  for (int first_n = 0; first_n < num_prototypes; first_n += kPullSize) {
     A product[kMicro][kMicro];
-    Scores::multiply(shared, {e.queries_of(episode), first_q, e.num_queries},
-                     {e.prototypes_of(episode), first_n, e.num_prototypes}, e.centre + episode * e.depth,
+    Scores::multiply(shared, {e.queries_of(episode), first_q, num_queries},
+                     {e.prototypes_of(episode), first_n, num_prototypes}, e.centre + episode * e.depth,
                      static_cast<int>(e.depth), e.aligned, product);
 #pragma unroll
     for (int i = 0; i < kMicro; ++i) {
-      const int64_t q = first_q + y + kSide * i;
+      const int q = first_q + y + kSide * i;
       A largest = maximum[i];
 #pragma unroll
       for (int j = 0; j < kMicro; ++j) {
         A& s = product[i][j];
-        const int64_t n = first_n + x + kSide * j;
-        s = q < e.num_queries && n < e.num_prototypes
+        const int n = first_n + x + kSide * j;
+        s = q < num_queries && n < num_prototypes
                 ? logit(s, shared.column_norm[x + kSide * j], e.queries_of(episode) + q * e.depth,
                         e.prototypes_of(episode) + n * e.depth, e.depth)
                 : -infinity<A>();
@@ -86,14 +87,14 @@ __global__ void __launch_bounds__(kThreads) losses(Episodes<T> e, Forward<T> f, 
 
 #pragma unroll
   for (int i = 0; i < kMicro; ++i) {
-    const int64_t q = first_q + y + kSide * i;
+    const int q = first_q + y + kSide * i;
 #pragma unroll
     for (int offset = kSide / 2; offset > 0; offset /= 2) own[i] += exchange(own[i], offset);
     const A logsumexp = maximum[i] + logarithm(sum[i]);
-    const bool known = label[i] >= 0 && label[i] < e.num_prototypes;
+    const bool known = label[i] >= 0 && label[i] < num_prototypes;
     const A loss = known ? logsumexp - own[i] : not_a_number<A>();
-    if (x == 0) row_loss[y + kSide * i] = q < e.num_queries ? loss : A(0);
-    if (x == 0 && q < e.num_queries) {
+    if (x == 0) row_loss[y + kSide * i] = q < num_queries ? loss : A(0);
+    if (x == 0 && q < num_queries) {
       f.logsumexp[episode * e.num_queries + q] = logsumexp;
       if (block_sums == nullptr) f.loss[episode * e.num_queries + q] = narrow<T>(loss);
     }

@@ -1,12 +1,41 @@
-"""Second derivatives of compiled ops: through the reference, so that they are right to any order."""
+"""What the ops' autograd functions share: cheap calls, and second derivatives through the reference."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _AsGiven(inspect.Signature):
+    """A signature that binds arguments by leaving them as they are."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
+class _Bound:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+def positional(forward: F) -> F:
+    """Mark a ``forward`` that is always called with all its arguments, by position.
+
+    ``Function.apply`` builds and binds the signature of ``forward`` at every call, to fill in defaults: for a small
+    input that takes longer than the kernel.
+    """
+    forward.__signature__ = _AsGiven(inspect.signature(forward).parameters.values())  # type: ignore[attr-defined]
+    return forward
 
 
 class _DifferentiableBackward(torch.autograd.Function):

@@ -54,7 +54,7 @@ def prototype_distances(queries: Tensor, prototypes: Tensor, *, backend: str = "
         distances = reference.prototype_distances(queries, prototypes)
     else:
         distances = _PrototypeDistances.apply(queries, prototypes, chosen)
-    return distances.reshape(*leading, *distances.shape[-2:])
+    return distances if len(leading) == 1 else distances.reshape(*leading, *distances.shape[-2:])
 
 
 def as_episodes(queries: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
@@ -81,6 +81,8 @@ def as_episodes(queries: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor, to
         common = torch.promote_types(queries.dtype, prototypes.dtype)
         queries, prototypes = queries.to(common), prototypes.to(common)
     leading = queries.shape[:-2]
+    if queries.dim() == 3 and leading == prototypes.shape[:-2]:
+        return queries, prototypes, leading  # no views, which cost a small input more than its products
     if leading != prototypes.shape[:-2]:
         try:
             leading = torch.broadcast_shapes(leading, prototypes.shape[:-2])
@@ -89,17 +91,21 @@ def as_episodes(queries: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor, to
                 f"prototypes has leading dimensions {list(prototypes.shape[:-2])}; some that broadcast with those of "
                 f"queries, {list(queries.shape[:-2])}, are needed"
             ) from error
-    episodes = leading.numel()
-    q_shape, p_shape = queries.shape[-2:], prototypes.shape[-2:]
-    queries = queries.expand(*leading, *q_shape).reshape(episodes, *q_shape)
-    prototypes = prototypes.expand(*leading, *p_shape).reshape(episodes, *p_shape)
-    return queries, prototypes, leading
+    return _spread(queries, leading), _spread(prototypes, leading), leading
+
+
+def _spread(value: Tensor, leading: torch.Size) -> Tensor:
+    """The leading dimensions broadcast to ``leading``, then made one."""
+    if value.shape[:-2] != leading:
+        value = value.expand(*leading, *value.shape[-2:])
+    return value.reshape(leading.numel(), *value.shape[-2:])
 
 
 class _PrototypeDistances(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_autograd.positional
     def forward(queries: Tensor, prototypes: Tensor, backend: str) -> Tensor:
         return _column.kernels[backend].forward(queries, prototypes)
 

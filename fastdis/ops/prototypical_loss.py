@@ -70,7 +70,8 @@ def prototypical_loss(
     _checks.same_device("labels", labels, "queries", queries)
     if prototypes.shape[1] == 0:
         raise ValueError("prototypes has no rows; at least one prototype is needed")
-    labels = labels.reshape(queries.shape[:2])
+    if len(leading) != 1:
+        labels = labels.reshape(queries.shape[:2])
     chosen = _column.choose(backend, queries.device.type)
     if chosen == "reference":
         loss = reference.prototypical_loss(queries, prototypes, labels, reduction=reduction)
@@ -83,6 +84,7 @@ class _PrototypicalLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_autograd.positional
     def forward(
         queries: Tensor, prototypes: Tensor, labels: Tensor, reduction: int, backend: str
     ) -> tuple[Tensor, Tensor]:

@@ -173,6 +173,7 @@ class _StyleModulation(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_autograd.positional
     def forward(
         x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
         activation: int, negative_slope: float, backend: str,
