@@ -136,7 +136,7 @@ struct Tile {
         fetch(row_pack, rows, k0 + kDepth, depth, aligned);
         fetch(column_pack, columns, k0 + kDepth, depth, aligned);
       }
-#pragma unroll 1
+#pragma unroll 1  // more would spill
       for (int k = 0; k < kDepth; k += kVector) {
         Pack<A, kVector> a[kMicro], b[kMicro];
 #pragma unroll
@@ -214,6 +214,14 @@ struct Tile {
 
 constexpr int kPullSize = 32;  // rows of a block, and columns of a step
 
+// Blocks per multiprocessor that the compiler is to make room for where a block computes scores: two would spill on
+// sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kScoringBlocks = 1;
+#else
+constexpr int kScoringBlocks = 2;
+#endif
+
 // Columns whose weights a block holds at a time.
 template <typename A>
 inline constexpr int kChunk = 512 / static_cast<int>(sizeof(A));
@@ -260,7 +268,7 @@ PullPlan plan_pull(int64_t episodes, int64_t rows, int64_t columns, int64_t dept
 // prototypes) or of the prototypes (the other way round). weights(episode, q, n, logit) gives W; logits are computed
 // where Weights::kNeedsScores. Sums go to `partial` [splits, episodes, rows, depth] unless it is null.
 template <typename T, bool kRowsAreQueries, typename Weights>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, Weights::kNeedsScores ? kScoringBlocks : 2)
     pull(Episodes<T> e, Weights weights, PullPlan plan, T* out, Accumulate<T>* partial) {
   using A = Accumulate<T>;
   using Scores = Tile<T, kPullSize>;
@@ -415,7 +423,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int i = 0; i < kMicro; ++i) {
           const int row = first_row + y + kSide * i;
           if (row >= row_count) continue;
-          const auto own = load_pack<kVector>(opaque(rows) + int64_t{row} * depth + d, 0, depth - d, e.aligned);
+          const auto own = load_pack<kVector>(rows + int64_t{row} * depth + d, 0, depth - d, e.aligned);
           auto total = load_pack<kVector>(centre + d, 0, depth - d, e.aligned);
 #pragma unroll
           for (int v = 0; v < kVector; ++v) {
@@ -425,10 +433,10 @@ __global__ void __launch_bounds__(kThreads, 2)
             Pack<T, kVector> result;
 #pragma unroll
             for (int v = 0; v < kVector; ++v) result.value[v] = narrow<T>(total.value[v]);
-            store_pack<kVector>(opaque(out) + (episode * row_count + row) * depth + d, result, 0, depth - d, e.aligned);
+            store_pack<kVector>(out + (episode * row_count + row) * depth + d, result, 0, depth - d, e.aligned);
           } else {
             // This thread wrote the sum over the chunks before, so it may read it without a barrier.
-            A* target = opaque(partial) + ((split * e.episodes + episode) * row_count + row) * depth + d;
+            A* target = partial + ((split * e.episodes + episode) * row_count + row) * depth + d;
             if (chunk > split_begin) {
               const auto before = load_pack<kVector>(target, 0, depth - d, e.aligned);
 #pragma unroll

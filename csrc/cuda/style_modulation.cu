@@ -836,7 +836,7 @@ Tensor to_layout(const Tensor& dy, const Tensor& x, const Shape& shape) {
   return torch::stable::copy_(copy, dy);
 }
 
-// The vector a modulation reads, contiguous and in the statistics dtype.
+// What a modulation reads, checked and contiguous.
 struct Parameters {
   Tensor scale, shift;
   std::optional<Tensor> weight, bias;
