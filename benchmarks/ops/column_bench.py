@@ -60,6 +60,7 @@ class Contender:
         self.repeats = max(1, round(ROUND_SECONDS / (time.perf_counter() - started)))
 
     def time(self) -> None:
+        self.run()  # or it would pay for the caches and the heap that the contender before it left
         started = time.perf_counter()
         for _ in range(self.repeats):
             self.run()
@@ -72,7 +73,10 @@ def passes_of(op: Callable[..., Tensor], case: Case) -> dict[str, Callable[[], A
     wanted = [t for t in leaves.values() if t.requires_grad]
     with torch.no_grad():
         output = op(**leaves)
-    grad = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(output)
+    # In the output's own memory layout, as the next layer's gradient would be.
+    grad = torch.empty_like(output).copy_(
+        torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    )
 
     def forward() -> Tensor:
         with torch.no_grad():

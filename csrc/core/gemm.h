@@ -2,12 +2,29 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <new>
 #include <utility>
+#include <vector>
 
 #include "isa.h"
 
 namespace fastdis {
+
+// Vectors that start on a cache line, so that no vector of a row straddles two.
+template <class A>
+struct CacheLineAllocator {
+  using value_type = A;
+  CacheLineAllocator() = default;
+  template <class Other>
+  CacheLineAllocator(const CacheLineAllocator<Other>&) {}
+  A* allocate(std::size_t n) { return static_cast<A*>(::operator new(n * sizeof(A), std::align_val_t{64})); }
+  void deallocate(A* p, std::size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const CacheLineAllocator&) const { return true; }
+};
+template <class A>
+using Buffer = std::vector<A, CacheLineAllocator<A>>;
 
 // Columns of B and C are padded to this many elements, rows of C to `row_pad`.
 template <class A>

@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -71,6 +75,17 @@ inline bool poison() {
   return wanted != nullptr && *wanted == '1';
 }
 
+// The first write to fresh memory costs a page fault a page, which for a large output takes longer than the kernel's
+// own work: with huge pages there are 512 times fewer. Where the system offers none, nothing changes.
+inline void ask_for_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + huge - 1) / huge * huge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / huge * huge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // An uninitialised tensor of these sizes and strides on the device of `like`.
 inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                             ScalarType dtype) {
@@ -82,6 +97,7 @@ inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& size
                                                          strides.data(), static_cast<int32_t>(dtype), device_type,
                                                          device_index, &handle));
   Tensor tensor(handle);
+  if (tensor.is_cpu()) ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * element_size(dtype));
   if (poison() && tensor.is_cpu() && tensor.numel() > 0) {
     std::memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * element_size(dtype));
   }

@@ -59,6 +59,7 @@ struct DistancesBackward {
       }
       block.template backward<Isa>(p, count, false, dqueries + first * D, dprototypes);
     }
+    block.finish(p, dprototypes);
   }
 };
 
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor> prototype_distances_backward(const Tensor& grad, cons
     Tensor dqueries = empty(queries, {E, Q, D}, queries.scalar_type());
     Tensor dprototypes = empty(queries, {E, N, D}, queries.scalar_type());
     const int64_t row = padded(D, column_pad<A>), part = padded(N, row_pad) * row;
-    std::vector<A> parts(E * plan.chunks * part);
+    Buffer<A> parts(E * plan.chunks * part);
     if (N > 0 && D > 0) {
       plan.for_each_chunk([&](int64_t i, int64_t e, int64_t first, int64_t last) {
         multiversion<DistancesBackward<T>>(data<T>(g) + (e * Q + first) * N, data<T>(q) + (e * Q + first) * D,

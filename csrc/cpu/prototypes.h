@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "../core/gemm.h"
@@ -24,11 +25,12 @@ struct EpisodeShape {
 // Queries handled at a time.
 constexpr int64_t query_block = 64;
 
-// The prototypes of one episode, centred, by rows [N][D] and by columns [D][N], with their squared norms.
+// The prototypes of one episode, centred, by rows [N][D] and by columns [D][N], with their squared norms, which are
+// infinite in the padding: a prototype that is not there is infinitely far.
 template <class A>
 struct CentredPrototypes {
   int64_t count, dimensions, row, column;  // row: padded D, column: padded N
-  std::vector<A> center, rows, columns, norms;
+  Buffer<A> center, rows, columns, norms;
 
   CentredPrototypes(int64_t count_, int64_t dimensions_)
       : count(count_),
@@ -38,7 +40,7 @@ struct CentredPrototypes {
         center(row),
         rows(count * row),
         columns(dimensions * column),
-        norms(column) {}
+        norms(column, std::numeric_limits<A>::infinity()) {}
 
   template <class T>
   FASTDIS_INLINE void fill(const T* prototypes) {
@@ -58,10 +60,16 @@ struct CentredPrototypes {
       for (int64_t d = 0; d < dimensions; ++d) {
         const A value = load(prototypes + n * dimensions, d) - center[d];
         rows[n * row + d] = value;
-        columns[d * column + n] = value;
         norm += value * value;
       }
       norms[n] = norm;
+    }
+    // The transpose by strips of dimensions whose cache lines stay at hand for all prototypes.
+    for (int64_t first = 0; first < row; first += column_pad<A>) {
+      const int64_t last = std::min(first + column_pad<A>, dimensions);
+      for (int64_t n = 0; n < count; ++n) {
+        for (int64_t d = first; d < last; ++d) columns[d * column + n] = rows[n * row + d];
+      }
     }
   }
 };
@@ -70,10 +78,13 @@ struct CentredPrototypes {
 template <class A>
 struct QueryBlock {
   int64_t rows = 0;  // padded
-  std::vector<A> queries, matrix, gradient;
+  Buffer<A> queries, matrix, gradient, column_sums;
 
   explicit QueryBlock(const CentredPrototypes<A>& p)
-      : queries(query_block * p.row), matrix(query_block * p.column), gradient(query_block * p.row) {}
+      : queries(query_block * p.row),
+        matrix(query_block * p.column),
+        gradient(query_block * p.row),
+        column_sums(p.column) {}
 
   template <class T>
   FASTDIS_INLINE void fill(const CentredPrototypes<A>& p, const T* from, int64_t count) {
@@ -94,34 +105,41 @@ struct QueryBlock {
                      p.column, false);
   }
 
-  // With the matrix M holding -2 d(loss)/d(distance), zero in its padding:
+  // With the matrix M holding -2 d(loss)/d(distance), zero in its padding, and once `finish` has been called:
   //   dqueries = M P - rowsum(M) Q,   dprototypes += M^T Q - colsum(M) P.
   template <class Isa, class T>
   FASTDIS_INLINE void backward(const CentredPrototypes<A>& p, int64_t count, bool rows_sum_to_zero, T* dqueries,
                                A* dprototypes) {
-    multiply<Isa, A>(rows, p.row, p.count, matrix.data(), p.column, 1, p.rows.data(), p.row, gradient.data(), p.row,
-                     false);
+    A* product = gradient.data();
+    if constexpr (std::is_same_v<T, A>) {
+      if (rows == count && p.row == p.dimensions) product = dqueries;  // nothing is padded
+    }
+    multiply<Isa, A>(rows, p.row, p.count, matrix.data(), p.column, 1, p.rows.data(), p.row, product, p.row, false);
     for (int64_t q = 0; q < count; ++q) {
-      A sum = 0;
+      const A *from = product + q * p.row, *query = queries.data() + q * p.row;
+      T* to = dqueries + q * p.dimensions;
       if (!rows_sum_to_zero) {
+        A sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t n = 0; n < p.count; ++n) sum += matrix[q * p.column + n];
-      }
-      const A *from = gradient.data() + q * p.row, *query = queries.data() + q * p.row;
-      T* to = dqueries + q * p.dimensions;
-      if (rows_sum_to_zero) {
-#pragma omp simd
-        for (int64_t d = 0; d < p.dimensions; ++d) store(to, d, from[d]);
-      } else {
 #pragma omp simd
         for (int64_t d = 0; d < p.dimensions; ++d) store(to, d, from[d] - sum * query[d]);
+      } else if (product == gradient.data()) {
+#pragma omp simd
+        for (int64_t d = 0; d < p.dimensions; ++d) store(to, d, from[d]);
       }
     }
     multiply<Isa, A>(padded(p.count, row_pad), p.row, count, matrix.data(), 1, p.column, queries.data(), p.row,
                      dprototypes, p.row, true);
+    for (int64_t q = 0; q < count; ++q) {
+#pragma omp simd
+      for (int64_t n = 0; n < p.column; ++n) column_sums[n] += matrix[q * p.column + n];
+    }
+  }
+
+  FASTDIS_INLINE void finish(const CentredPrototypes<A>& p, A* dprototypes) {
     for (int64_t n = 0; n < p.count; ++n) {
-      A sum = 0;
-      for (int64_t q = 0; q < count; ++q) sum += matrix[q * p.column + n];
+      const A sum = column_sums[n];
       const A* prototype = p.rows.data() + n * p.row;
       A* to = dprototypes + n * p.row;
 #pragma omp simd
@@ -161,19 +179,22 @@ struct EpisodePlan {
 
 // Sums the chunks' gradients of the prototypes, in order, into the tensor.
 template <class T>
-void gather_prototype_gradients(const EpisodePlan& plan, const std::vector<accumulate_t<T>>& parts, int64_t row,
+void gather_prototype_gradients(const EpisodePlan& plan, const Buffer<accumulate_t<T>>& parts, int64_t row,
                                 T* dprototypes) {
   const auto& shape = plan.shape;
   const int64_t part_size = padded(shape.prototypes, row_pad) * row;
+  Buffer<accumulate_t<T>> sums(shape.dimensions);
   for (int64_t e = 0; e < shape.episodes; ++e) {
     for (int64_t n = 0; n < shape.prototypes; ++n) {
       const accumulate_t<T>* from = parts.data() + e * plan.chunks * part_size + n * row;
       T* to = dprototypes + (e * shape.prototypes + n) * shape.dimensions;
-      for (int64_t d = 0; d < shape.dimensions; ++d) {
-        accumulate_t<T> sum = 0;
-        for (int64_t part = 0; part < plan.chunks; ++part) sum += from[part * part_size + d];
-        store(to, d, sum);
+      std::copy_n(from, shape.dimensions, sums.begin());
+      for (int64_t part = 1; part < plan.chunks; ++part) {
+#pragma omp simd
+        for (int64_t d = 0; d < shape.dimensions; ++d) sums[d] += from[part * part_size + d];
       }
+#pragma omp simd
+      for (int64_t d = 0; d < shape.dimensions; ++d) store(to, d, sums[d]);
     }
   }
 }

@@ -38,14 +38,22 @@ struct LossForward {
       block.template multiply_prototypes<Isa>(p);
       for (int64_t q = 0; q < count; ++q) {
         A* logit = block.matrix.data() + q * p.column;
-        A highest = -std::numeric_limits<A>::infinity(), sum = 0;
-#pragma omp simd reduction(max : highest)
-        for (int64_t n = 0; n < N; ++n) {
-          logit[n] = logit_of(logit[n], p.norms[n]);
-          highest = logit[n] > highest ? logit[n] : highest;
+        // By lanes, because a maximum that must see NaN as the comparison does is not vectorised as a reduction.
+        constexpr int64_t lanes = column_pad<A>;
+        A highest_of[lanes];
+        std::fill_n(highest_of, lanes, -std::numeric_limits<A>::infinity());
+        for (int64_t n = 0; n < p.column; n += lanes) {
+#pragma omp simd
+          for (int64_t j = 0; j < lanes; ++j) {
+            const A value = logit_of(logit[n + j], p.norms[n + j]);
+            logit[n + j] = value;
+            highest_of[j] = value > highest_of[j] ? value : highest_of[j];
+          }
         }
+        const A highest = *std::max_element(highest_of, highest_of + lanes);
+        A sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t n = 0; n < N; ++n) sum += exponential(logit[n] - highest);
+        for (int64_t n = 0; n < p.column; ++n) sum += exponential(logit[n] - highest);
         const A lse = highest + std::log(sum);
         logsumexp[first + q] = lse;
         loss[first + q] = lse - logit[labels[first + q]];
@@ -74,12 +82,13 @@ struct LossBackward {
         const A lse = logsumexp[first + q], scale = 2 * grad[first + q];
 #pragma omp simd
         for (int64_t n = 0; n < N; ++n) logit[n] = scale * exponential(logit_of(logit[n], p.norms[n]) - lse);
-        for (int64_t n = N; n < p.column; ++n) logit[n] = 0;
+        std::fill(logit + N, logit + p.column, A(0));
         logit[labels[first + q]] -= scale;
       }
       std::fill(block.matrix.begin() + count * p.column, block.matrix.begin() + block.rows * p.column, A(0));
       block.template backward<Isa>(p, count, true, dqueries + first * D, dprototypes);
     }
+    block.finish(p, dprototypes);
   }
 };
 
@@ -145,7 +154,7 @@ std::tuple<Tensor, Tensor> prototypical_loss_backward(const Tensor& grad, const 
       grads[i] = static_cast<Reduction>(reduction) == Reduction::mean ? value / static_cast<A>(E * Q) : value;
     }
     const int64_t row = padded(D, column_pad<A>), part = padded(N, row_pad) * row;
-    std::vector<A> parts(E * plan.chunks * part);
+    Buffer<A> parts(E * plan.chunks * part);
     plan.for_each_chunk([&](int64_t i, int64_t e, int64_t first, int64_t last) {
       const int64_t at = e * Q + first;
       if (last > first) {

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <tuple>
 
 #include "../core/image.h"
@@ -26,14 +27,14 @@ template <Activation activation, class A>
 FASTDIS_INLINE A activate(A t, A negative_slope) {
   if constexpr (activation == Activation::relu) return t < A(0) ? A(0) : t;
   if constexpr (activation == Activation::leaky_relu) return t > A(0) ? t : t * negative_slope;
-  return t / (A(1) + exponential(-t));
+  return t * logistic(t);
 }
 
 template <Activation activation, class A>
 FASTDIS_INLINE A activation_gradient(A t, A dy, A negative_slope) {
   if constexpr (activation == Activation::relu) return t <= A(0) ? A(0) : dy;
   if constexpr (activation == Activation::leaky_relu) return t > A(0) ? dy : dy * negative_slope;
-  const A sigmoid = A(1) / (A(1) + exponential(-t));
+  const A sigmoid = logistic(t);
   return dy * sigmoid * (A(1) + t * (A(1) - sigmoid));
 }
 
@@ -74,42 +75,58 @@ FASTDIS_INLINE A sum_over(int64_t n, Term term) {
   return total;
 }
 
-// sums[c] = sum over positions of x, or of (x - mean[c])^2 where `squares`.
-template <class A, Layout layout, bool squares>
-struct ChannelSums {
+// Channels-first statistics: sums[c] = sum over positions of x, or of (x - mean[c])^2 where `squares`.
+template <class A, bool squares>
+struct PlaneSums {
   template <class Isa>
   static FASTDIS_INLINE void run(const A* x, Range range, const A* mean, A* sums) {
     const int64_t S = range.positions;
-    if constexpr (layout == Layout::channels_first) {
-      for (int64_t c = range.begin; c < range.end; ++c) {
-        const A* plane = x + c * S;
-        const A center = squares ? mean[c] : A(0);
-        sums[c] = sum_over<A>(S, [=](int64_t i) FASTDIS_INLINE_LAMBDA {
-          const A value = plane[i] - center;
-          return squares ? value * value : value;
-        });
-      }
-    } else {
+    for (int64_t c = range.begin; c < range.end; ++c) {
+      const A* plane = x + c * S;
+      const A center = squares ? mean[c] : A(0);
+      sums[c] = sum_over<A>(S, [=](int64_t i) FASTDIS_INLINE_LAMBDA {
+        const A value = plane[i] - center;
+        return squares ? value * value : value;
+      });
+    }
+  }
+};
+
+// Channels-last statistics in one read of memory: the mean of each channel, and squares[c] = sum of (x - mean[c])^2.
+// Runs of positions are summed twice while they are in cache, and joined by Chan's formula.
+template <class A>
+struct ColumnMoments {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const A* x, Range range, A* mean, A* squares) {
+    const int64_t S = range.positions;
+    for (int64_t first = 0; first < S; first += column_run) {
+      const int64_t rows = std::min(column_run, S - first);
+      const A share = A(1) / static_cast<A>(rows), joined = static_cast<A>(rows) / static_cast<A>(first + rows);
+      const A weight = static_cast<A>(first) * joined;
       for (int64_t c0 = range.begin; c0 < range.end; c0 += strip) {
-        const int64_t width = std::min(strip, range.end - c0);
-        A total[strip] = {}, center[strip] = {};
-        if (squares) std::copy_n(mean + c0, width, center);
-        const auto add_up = [&](int64_t n) FASTDIS_INLINE_LAMBDA {
-          for (int64_t first = 0; first < S; first += column_run) {
-            A part[strip] = {};
-            for (int64_t s = first; s < std::min(first + column_run, S); ++s) {
-              const A* run = x + s * range.pitch + c0;
+        const A* corner = x + first * range.pitch + c0;
+        const auto join = [&](int64_t n) FASTDIS_INLINE_LAMBDA {
+          A part[strip] = {}, center[strip] = {}, square[strip] = {};
+          for (int64_t s = 0; s < rows; ++s) {
 #pragma omp simd
-              for (int64_t j = 0; j < n; ++j) {
-                const A value = run[j] - center[j];
-                part[j] += squares ? value * value : value;
-              }
+            for (int64_t j = 0; j < n; ++j) part[j] += corner[s * range.pitch + j];
+          }
+          for (int64_t j = 0; j < n; ++j) center[j] = part[j] * share;
+          for (int64_t s = 0; s < rows; ++s) {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) {
+              const A value = corner[s * range.pitch + j] - center[j];
+              square[j] += value * value;
             }
-            for (int64_t j = 0; j < n; ++j) total[j] += part[j];
+          }
+          for (int64_t j = 0; j < n; ++j) {
+            const A step = first == 0 ? A(0) : center[j] - mean[c0 + j];
+            mean[c0 + j] = first == 0 ? center[j] : mean[c0 + j] + step * joined;
+            squares[c0 + j] = (first == 0 ? A(0) : squares[c0 + j]) + square[j] + step * step * weight;
           }
         };
-        width == strip ? add_up(strip) : add_up(width);
-        std::copy_n(total, width, sums + c0);
+        const int64_t width = std::min(strip, range.end - c0);
+        width == strip ? join(strip) : join(width);
       }
     }
   }
@@ -132,7 +149,8 @@ struct Apply {
           to[i] = activate<activation>((from[i] - center) * slope + offset, negative_slope);
       }
     } else {
-      for (int64_t s = 0; s < S; ++s) {
+      // Backwards: the last rows that the statistics read are the ones still in cache.
+      for (int64_t s = S; s-- > 0;) {
         const A* from = x + s * range.pitch;
         A* to = y + s * range.pitch;
 #pragma omp simd
@@ -183,34 +201,30 @@ struct BackwardSums {
         dbeta[c] = sum_beta;
       }
     } else {
-      for (int64_t c0 = range.begin; c0 < range.end; c0 += strip) {
-        const int64_t width = std::min(strip, range.end - c0);
-        A center[strip] = {}, slope[strip] = {}, offset[strip] = {}, sum_gamma[strip] = {}, sum_beta[strip] = {};
-        for (int64_t j = 0; j < width; ++j) {
-          center[j] = mean[c0 + j];
-          slope[j] = rstd[c0 + j] * gamma[c0 + j];
-          offset[j] = beta[c0 + j];
-        }
-        const auto add_up = [&](int64_t n) FASTDIS_INLINE_LAMBDA {
-          for (int64_t first = 0; first < S; first += column_run) {
-            A part_gamma[strip] = {}, part_beta[strip] = {};
-            for (int64_t s = first; s < std::min(first + column_run, S); ++s) {
+      for (int64_t first = 0; first < S; first += column_run) {
+        const int64_t last = std::min(first + column_run, S);
+        for (int64_t c0 = range.begin; c0 < range.end; c0 += strip) {
+          const auto add_up = [&](int64_t n) FASTDIS_INLINE_LAMBDA {
+            A center[strip], slope[strip], offset[strip], sum_gamma[strip] = {}, sum_beta[strip] = {};
+            for (int64_t j = 0; j < n; ++j) {
+              center[j] = mean[c0 + j];
+              slope[j] = rstd[c0 + j] * gamma[c0 + j];
+              offset[j] = beta[c0 + j];
+            }
+            for (int64_t s = first; s < last; ++s) {
               const int64_t at = s * range.pitch + c0;
 #pragma omp simd
               for (int64_t j = 0; j < n; ++j) {
-                step(at + j, center[j], slope[j], offset[j], part_gamma[j], part_beta[j]);
+                step(at + j, center[j], slope[j], offset[j], sum_gamma[j], sum_beta[j]);
               }
             }
             for (int64_t j = 0; j < n; ++j) {
-              sum_gamma[j] += part_gamma[j];
-              sum_beta[j] += part_beta[j];
+              dgamma[c0 + j] = (first == 0 ? A(0) : dgamma[c0 + j]) + sum_gamma[j] * rstd[c0 + j];
+              dbeta[c0 + j] = (first == 0 ? A(0) : dbeta[c0 + j]) + sum_beta[j];
             }
-          }
-        };
-        width == strip ? add_up(strip) : add_up(width);
-        for (int64_t j = 0; j < width; ++j) {
-          dgamma[c0 + j] = sum_gamma[j] * rstd[c0 + j];
-          dbeta[c0 + j] = sum_beta[j];
+          };
+          const int64_t width = std::min(strip, range.end - c0);
+          width == strip ? add_up(strip) : add_up(width);
         }
       }
     }
@@ -242,7 +256,7 @@ struct BackwardApply {
         for (int64_t i = c * S; i < (c + 1) * S; ++i) step(i, center, slope, shift, offset, tilt);
       }
     } else {
-      for (int64_t s = 0; s < S; ++s) {
+      for (int64_t s = S; s-- > 0;) {
         const int64_t at = s * range.pitch;
 #pragma omp simd
         for (int64_t c = range.begin; c < range.end; ++c) {
@@ -333,8 +347,8 @@ struct Plan {
   int64_t units_per_sample() const { return (channels + unit_channels - 1) / unit_channels; }
   bool serial() const { return batch * channels * positions < serial_elements; }
 
-  // Wide enough that the runs of a channels-last column fill cache lines, small enough that it is re-read from cache.
-  static constexpr int64_t channels_last_unit = 64;
+  // Whole rows for the usual channel counts: memory then streams in order, which outweighs a block that fits the cache.
+  static constexpr int64_t channels_last_unit = 1024;
 };
 
 // A block of an image as the passes see it: the image's own memory, or a widened copy of float16 and bfloat16.
@@ -422,16 +436,37 @@ void forward(const Plan& plan, const T* x, T* y, Workspace<accumulate_t<T>>& wor
     A* total = totals.data() + at;
     if (plan.groups > 0) {
       const int64_t first_group = b * plan.groups + begin / width;
-      block.for_range(
-          [&](Range range) { multiversion<ChannelSums<A, layout, false>>(x_block, range, channels.mean, total); });
-      plan.for_each_group(block.width, total, [&](int64_t c, A sum) {
-        mean[first_group + c / width] = sum / count;
-        std::fill_n(workspace.mean.begin() + at + c, width, sum / count);
-      });
-      block.for_range(
-          [&](Range range) { multiversion<ChannelSums<A, layout, true>>(x_block, range, channels.mean, total); });
+      A* channel_mean = workspace.mean.data() + at;
+      if constexpr (layout == Layout::channels_first) {
+        // The block is one group, and unless threads share it, one run of memory.
+        const auto sum = [&]<bool squares>() {
+          if (!plan.split) {
+            const Range whole{0, 1, 0, block.width * plan.positions};
+            multiversion<PlaneSums<A, squares>>(x_block, whole, channels.mean, total);
+            return total[0];
+          }
+          block.for_range(
+              [&](Range range) { multiversion<PlaneSums<A, squares>>(x_block, range, channels.mean, total); });
+          return std::accumulate(total, total + block.width, A(0));
+        };
+        std::fill_n(channel_mean, block.width, sum.template operator()<false>() / count);
+        const A squares = sum.template operator()<true>();
+        std::fill_n(total, block.width, A(0));
+        total[0] = squares;
+      } else {
+        block.for_range([&](Range range) { multiversion<ColumnMoments<A>>(x_block, range, channel_mean, total); });
+        plan.for_each_group(block.width, channels.mean, [&](int64_t c, A sum) {
+          const A group_mean = sum / static_cast<A>(width);
+          for (int64_t j = c; j < c + width; ++j) {
+            const A apart = channel_mean[j] - group_mean;
+            total[j] += static_cast<A>(plan.positions) * apart * apart;
+            channel_mean[j] = group_mean;
+          }
+        });
+      }
       plan.for_each_group(block.width, total, [&](int64_t c, A sum) {
         const A value = A(1) / std::sqrt(sum / count + eps);
+        mean[first_group + c / width] = channel_mean[c];
         rstd[first_group + c / width] = value;
         std::fill_n(workspace.rstd.begin() + at + c, width, value);
       });
