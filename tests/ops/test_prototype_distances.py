@@ -25,7 +25,7 @@ class TestPrototypeDistances(ColumnSuite):
             episode("two_leading", (2, 2, 3, 4), (2, 2, 5, 4)),
             episode("one_of_each", (1, 1, 1), (1, 1, 1)),
             episode("one_prototype", (4, 3), (1, 3)),
-            episode("blocks", (2, 70, 33), (2, 19, 33), gradcheck=False),
+            episode("blocks", (2, 70, 33), (2, 19, 33), gradcheck=False, slow_in_interpreter=True),
             episode("chunks", (1, 150, 96), (1, 40, 96), gradcheck=False, slow_in_interpreter=True),
             episode("no_episode", (0, 3, 2), (0, 2, 2), empty=True),
             episode("no_query", (1, 0, 2), (1, 3, 2), empty=True),
