@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastdis.kernels import on_device
 from fastdis.kernels.prototypes import (
     FULL_GRID,
@@ -15,7 +17,6 @@ from fastdis.kernels.prototypes import (
     split,
     warps,
 )
-from torch import Tensor
 
 
 def forward(queries: Tensor, prototypes: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastdis.kernels import on_device, statistics_dtype
 from torch import Tensor
+
+from fastdis.kernels import on_device, statistics_dtype
 
 # Programs that keep every SM of a large GPU busy.
 FULL_GRID = 256

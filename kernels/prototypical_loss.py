@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastdis.kernels import on_device, statistics_dtype
 from fastdis.kernels.prototypes import (
     FULL_GRID,
@@ -19,7 +21,6 @@ from fastdis.kernels.prototypes import (
     split,
     warps,
 )
-from torch import Tensor
 
 NONE, MEAN, SUM = range(3)
 

@@ -18,8 +18,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastdis.kernels import on_device, statistics_dtype
 from torch import Tensor
+
+from fastdis.kernels import on_device, statistics_dtype
 
 NONE, RELU, LEAKY_RELU, SILU = (tl.constexpr(code) for code in range(4))
 

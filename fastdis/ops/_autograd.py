@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -34,7 +33,7 @@ def positional(forward: F) -> F:
     ``Function.apply`` builds and binds the signature of ``forward`` at every call, to fill in defaults: for a small
     input that takes longer than the kernel.
     """
-    forward.__signature__ = _AsGiven(inspect.signature(forward).parameters.values())  # type: ignore[attr-defined]
+    forward.__signature__ = _AsGiven(list(inspect.signature(forward).parameters.values()))  # type: ignore[attr-defined]
     return forward
 
 

@@ -112,7 +112,7 @@ def test_columns_on_older_instruction_sets(isa):
     if isa not in levels or levels.index(isa) >= levels.index(info["isa_highest_here"]):
         pytest.skip(f"{isa} is not a lower level of this build on this machine")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/ops", "-q", "-k", "test_values_and_gradients and -cpu-float", "-p",
+        [sys.executable, "-m", "pytest", "tests/ops", "-k", "test_values_and_gradients and -cpu-float", "-p",
          "no:cacheprovider"],
         cwd=ROOT, env={**os.environ, "FASTDIS_ISA": isa}, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from column_suite import INTERPRETED, suite_environment
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_every_suite_in_the_interpreter():
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-q", "-k", "triton or refused", "-p",
+        [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-k", "triton or refused", "-p",
          "no:cacheprovider", "-x"],
         cwd=Path(__file__).parents[2], env=suite_environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
         capture_output=True, text=True, check=False,
