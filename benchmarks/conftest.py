@@ -73,7 +73,15 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["fastdis"] = fastdis.build_info()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["load"] = os.getloadavg() if hasattr(os, "getloadavg") else None
-    machine_info.pop("node", None)
+    for key in ("node", "release", "python_build"):
+        machine_info.pop(key, None)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Keep medians and ratios, not every round."""
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)
+        row["params"]["case"] = row["extra_info"]["case"]
 
 
 def pytest_benchmark_group_stats(config, benchmarks, group_by):
