@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +34,9 @@ class Case:
 
     ``targets`` are what the ratio to the fastest peer (``"fastest"``) or to a named peer has to reach, by pass.
     ``floor`` gives, by pass, the bytes that must move and the floating-point operations that must be done.
+    ``yardsticks`` are timed beside the peers without being one, in the forward pass. ``without`` names peers among
+    ``"eager"`` and ``"compile"`` that do not fit this machine's memory; correctness is then checked on other tensors,
+    ``checked``.
     """
 
     name: str
@@ -42,6 +46,9 @@ class Case:
     floor: dict[str, tuple[float, float]]
     targets: dict[str, dict[str, float]] = field(default_factory=dict)
     quick: bool = False  # part of the short table
+    yardsticks: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    checked: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -67,24 +74,28 @@ class Contender:
         self.seconds.append((time.perf_counter() - started) / self.repeats)
 
 
+def differentiable(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """The outputs of an op, one tensor or several, that gradients come through."""
+    return [o for o in ((result,) if isinstance(result, Tensor) else result) if o.requires_grad]
+
+
 def passes_of(op: Callable[..., Tensor], case: Case) -> dict[str, Callable[[], Any]]:
     """The forward pass without autograd, and forward + backward with a dense gradient."""
     leaves = {k: t.clone().requires_grad_(t.is_floating_point()) for k, t in case.tensors.items()}
     wanted = [t for t in leaves.values() if t.requires_grad]
-    with torch.no_grad():
-        output = op(**leaves)
-    # In the output's own memory layout, as the next layer's gradient would be.
-    grad = torch.empty_like(output).copy_(
-        torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    )
+    outputs = differentiable(op(**leaves))
+    generator = torch.Generator().manual_seed(7)
+    # In the outputs' own memory layout, as the next layer's gradients would be.
+    grads = [torch.empty_like(o).copy_(torch.randn(o.shape, dtype=torch.float64, generator=generator)) for o in outputs]
+    del outputs
 
-    def forward() -> Tensor:
+    def forward() -> Any:
         with torch.no_grad():
             return op(**leaves)
 
     def forward_backward() -> tuple[Tensor, ...]:
-        output = op(**leaves)
-        return (output, *torch.autograd.grad(output, wanted, grad))
+        outputs = differentiable(op(**leaves))
+        return (*outputs, *torch.autograd.grad(outputs, wanted, grads))
 
     return {"forward": forward, "forward+backward": forward_backward}
 
@@ -105,6 +116,40 @@ def peak_extra_bytes(run: Callable[[], Any]) -> int | None:
     before = kilobytes("VmRSS:")
     run()
     return max(0, kilobytes("VmHWM:") - before) * 1024
+
+
+def one_round(contenders: dict[str, Contender]) -> float:
+    """Time every contender once; the seconds that took."""
+    started = time.perf_counter()
+    for contender in contenders.values():
+        contender.time()
+    return time.perf_counter() - started
+
+
+def race(
+    benchmark: Any, contenders: dict[str, Contender], peers: Iterable[str], quick: bool, floor: tuple[float, float],
+    machine_rates: dict[str, float], input_bytes: int, **row: Any,
+) -> None:  # fmt: skip
+    """Time the contenders in turns, and leave the medians, the ratios to ours and the row's own columns behind."""
+    for contender in contenders.values():
+        contender.warm_up()
+    round_seconds = one_round(contenders)
+    rounds = min(ROUNDS[1], max(ROUNDS[0], int(BUDGET_SECONDS["quick" if quick else "full"] / round_seconds)))
+    for contender in contenders.values():
+        contender.seconds.clear()
+    ours, others = contenders["ours"], {k: c for k, c in contenders.items() if k != "ours"}
+    benchmark.group = row["op"]
+    benchmark.pedantic(ours.time, setup=lambda: one_round(others) and None, rounds=rounds, iterations=1)
+    times = {name: median(c.seconds) for name, c in contenders.items()}
+    ratios = {k: median(t / o for t, o in zip(c.seconds, ours.seconds, strict=True)) for k, c in others.items()}
+    bytes_moved, operations = floor
+    rates = machine_rates["copy_bytes_per_second"], machine_rates["gemm_flops_per_second"]
+    extra = peak_extra_bytes(ours.run)
+    benchmark.extra_info.update(
+        row, seconds=times, ratios=ratios, fastest=min(peers, key=times.__getitem__),
+        floor_seconds=max(bytes_moved / rates[0], operations / rates[1]),
+        peak_extra_bytes=extra, peak_extra_over_inputs=None if extra is None else extra / input_bytes,
+    )  # fmt: skip
 
 
 class ColumnBench:
@@ -138,50 +183,24 @@ class ColumnBench:
         error = self.check(ours, reference, case)
         torch.compiler.reset()
         peers = {"eager": reference, **case.peers, "compile": torch.compile(reference, dynamic=False)}
+        peers = {k: p for k, p in peers.items() if k not in case.without}
         contenders = {"ours": Contender(passes_of(ours, case)[direction])}
         contenders |= {peer: Contender(passes_of(function, case)[direction]) for peer, function in peers.items()}
         if direction == "forward":
             first = next(iter(case.tensors.values()))
             contenders["clone"] = Contender(first.clone)
-        for contender in contenders.values():
-            contender.warm_up()
-        budget = BUDGET_SECONDS["quick" if quick else "full"]
-        round_seconds = sum(self.one_round(contenders) for _ in range(2)) / 2
-        rounds = min(ROUNDS[1], max(ROUNDS[0], int(budget / round_seconds)))
-        for contender in contenders.values():
-            contender.seconds.clear()
-        others = {k: c for k, c in contenders.items() if k != "ours"}
-        benchmark.group = cls.name
-        benchmark.pedantic(
-            contenders["ours"].time, setup=lambda: self.one_round(others) and None, rounds=rounds, iterations=1
-        )
-
-        times = {name: median(c.seconds) for name, c in contenders.items()}
-        fastest = min(peers, key=times.__getitem__)
-        ratios = {
-            peer: median(t / o for t, o in zip(c.seconds, contenders["ours"].seconds, strict=True))
-            for peer, c in others.items()
-        }
-        moved, done = case.floor[direction]
-        floor = max(moved / machine_rates["copy_bytes_per_second"], done / machine_rates["gemm_flops_per_second"])
+            contenders |= {k: Contender(partial(y, **case.tensors)) for k, y in case.yardsticks.items()}
         inputs = sum(t.nbytes for t in case.tensors.values())
-        extra = peak_extra_bytes(contenders["ours"].run)
-        benchmark.extra_info.update(
-            op=cls.name, case=case.name, direction=direction, backend=backend, error=error, seconds=times,
-            ratios=ratios, fastest=fastest, floor_seconds=floor, targets=case.targets.get(direction, {}),
-            peak_extra_over_inputs=None if extra is None else extra / inputs,
+        race(
+            benchmark, contenders, peers, quick, case.floor[direction], machine_rates, inputs,
+            op=cls.name, case=case.name, direction=direction, backend=backend, error=error,
+            targets=case.targets.get(direction, {}),
         )  # fmt: skip
-
-    @staticmethod
-    def one_round(contenders: dict[str, Contender]) -> float:
-        started = time.perf_counter()
-        for contender in contenders.values():
-            contender.time()
-        return time.perf_counter() - started
 
     @staticmethod
     def check(ours: Callable[..., Tensor], reference: Callable[..., Tensor], case: Case) -> float:
         """The largest relative error of the output and the gradients against the reference in float64."""
+        case = replace(case, tensors=case.checked or case.tensors)
         doubled = {k: t.double() if t.is_floating_point() else t for k, t in case.tensors.items()}
         actual = passes_of(ours, case)["forward+backward"]()
         exact = passes_of(reference, replace(case, tensors=doubled))["forward+backward"]()

@@ -118,4 +118,45 @@ FASTDIS_INLINE A logistic(A x) {
   return A(1) / (A(1) + exponential(-x));
 }
 
+// 2^x to 2 ulp from -126 (float64: -1022) to 127 (1023); 1e-38 (1e-308) and not 0 below that range; NaN for NaN.
+FASTDIS_INLINE float power_of_two(float x) {
+  constexpr float magic = 0x1.8p23f;
+  const float z = x < -126.0f ? -126.0f : x;
+  const float shifted = z + magic;
+  const float r = z - (shifted - magic);
+  float p = 1.5403530e-4f;  // ln(2)^n / n!
+  p = p * r + 1.3333558e-3f;
+  p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+  return p * bit_cast<float>((bit_cast<int32_t>(shifted) - bit_cast<int32_t>(magic) + 127) << 23);
+}
+
+FASTDIS_INLINE double power_of_two(double x) { return exponential(x * 0x1.62e42fefa39efp-1); }
+
+// log(1 + x) for x from sqrt(1/2) - 1 to sqrt(2) - 1, to 2 ulp.
+FASTDIS_INLINE float logarithm_near_one(float x) {
+  float p = 7.0376836292e-2f;  // Cephes, logf
+  p = p * x - 1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x - 1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x - 1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x - 2.4999993993e-1f;
+  p = p * x + 3.3333331174e-1f;
+  const float square = x * x;
+  return x + (p * x * square - 0.5f * square);
+}
+
+// log(x) of positive normal numbers, to 2 ulp.
+FASTDIS_INLINE float logarithm(float x) {
+  const int32_t bits = bit_cast<int32_t>(x);
+  const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
+  const float mantissa = bit_cast<float>(bits - (exponent << 23));
+  return logarithm_near_one(mantissa - 1.0f) + static_cast<float>(exponent) * 0x1.62e430p-1f;
+}
+
 }  // namespace fastdis

@@ -63,6 +63,9 @@ __device__ __forceinline__ T narrow(Accumulate<T> x) {
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
+// e^x - 1 without the cancellation near 0
+__device__ __forceinline__ float exponential_less_one(float x) { return expm1f(x); }
+__device__ __forceinline__ double exponential_less_one(double x) { return expm1(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }

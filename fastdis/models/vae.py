@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdis.ops import gaussian_kl, reparameterize
+
 
 class ConvEncoder(nn.Sequential):
     """The convolutional encoder of Locatello et al. (2019): four convolutions, one hidden layer, one linear output.
@@ -151,12 +153,12 @@ class VAE(nn.Module):
         return mean, logvar
 
     def reparameterize(self, mean: Tensor, logvar: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw latents [B, N] from the posterior: ``mean + exp(logvar / 2) * noise``.
+        """Draw latents [B, N] from the posterior, by :func:`fastdis.reparameterize`.
 
-        The noise comes from ``generator`` on the generator's own device, so that a CPU generator gives the same
+        The seed comes from ``generator`` on the generator's own device, so that a CPU generator gives the same
         latents wherever the model is.
         """
-        return mean + torch.exp(0.5 * logvar) * normal_like(mean, generator)
+        return reparameterize(mean, logvar, generator=generator)
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the logits [B, C, S, S] of the pixels that latents [B, N] stand for."""
@@ -188,7 +190,7 @@ class VAE(nn.Module):
     def elbo_terms(self, x: Tensor, logits: Tensor, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
         """Return ``loss``, ``reconstruction`` and ``kl`` of images [B, C, S, S] and what became of them."""
         reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
+        kl = gaussian_kl(mean, logvar)
         return {"loss": reconstruction + self.beta * kl, "reconstruction": reconstruction, "kl": kl}
 
 

@@ -44,37 +44,63 @@ class _DifferentiableBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        kernel: Callable[..., Any], reference: Callable[..., Tensor], count: int, grad: Tensor, *tensors: Tensor
+        kernel: Callable[..., Any],
+        reference: Callable[..., Any],
+        present: tuple[bool, ...],
+        count: int,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        return tuple(kernel(grad, *tensors))
+        gradients = kernel(*_spread(present, tensors))
+        # What is returned as it came must not be saved as well.
+        return tuple(g.view_as(g) if any(g is t for t in tensors) else g for g in gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.reference, ctx.count, grad, *tensors = inputs
-        ctx.extra = len(tensors) - ctx.count
-        ctx.save_for_backward(grad, *tensors[: ctx.count])
+        _, ctx.reference, ctx.present, count, *tensors = inputs
+        ctx.extra = len(tensors) - sum(ctx.present) - count
+        ctx.save_for_backward(*tensors[: len(tensors) - ctx.extra])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        def pull_back(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(ctx.reference, *inputs)[1](grad)
+        def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+            found = ctx.reference(*inputs)
+            found = (found,) if isinstance(found, Tensor) else found
+            return tuple(o for o, there in zip(found, ctx.present, strict=True) if there)
+
+        def pull_back(*tensors: Tensor) -> tuple[Tensor, ...]:
+            grads, inputs = tensors[: sum(ctx.present)], tensors[sum(ctx.present) :]
+            return torch.func.vjp(outputs, *inputs)[1](tuple(grads))
 
         second = torch.func.vjp(pull_back, *ctx.saved_tensors)[1]
-        return (None, None, None, *second(tuple(cotangents)), *[None] * ctx.extra)
+        return (None, None, None, None, *second(tuple(cotangents)), *[None] * ctx.extra)
+
+
+def _spread(present: tuple[bool, ...], tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """The output gradients, None where there is none, and the other tensors after them."""
+    rest = iter(tensors)
+    return [*(next(rest) if there else None for there in present), *rest]
 
 
 def backward(
     kernel: Callable[..., Any],
-    reference: Callable[..., Tensor],
-    grad: Tensor,
+    reference: Callable[..., Any],
+    grads: tuple[Tensor | None, ...],
     inputs: tuple[Tensor, ...],
     statistics: tuple[Tensor, ...] = (),
-) -> tuple[Tensor, ...]:
-    """Gradients of ``reference(*inputs)`` by ``kernel(grad, *inputs, *statistics)``, differentiable where asked for.
+) -> tuple[Any, ...]:
+    """Gradients of ``reference(*inputs)`` by ``kernel(*grads, *inputs, *statistics)``, differentiable where asked for.
 
-    ``once_differentiable`` would let a ``create_graph=True`` pass drop the second derivative in silence when the
-    incoming gradient needs none; here it is computed.
+    A gradient of an output that nothing depends on is None. Under ``create_graph=True`` the kernel has to return a
+    gradient for every input. ``once_differentiable`` would let such a pass drop the second derivative in silence when
+    the incoming gradient needs none; here it is computed.
     """
     if torch.is_grad_enabled():
-        return _DifferentiableBackward.apply(kernel, reference, len(inputs), grad, *inputs, *statistics)
-    return tuple(kernel(grad, *inputs, *statistics))
+        present = tuple(g is not None for g in grads)
+        tensors = (*(g for g in grads if g is not None), *inputs, *statistics)
+        return _DifferentiableBackward.apply(kernel, reference, present, len(inputs), *tensors)
+    return tuple(kernel(*grads, *inputs, *statistics))
+
+
+def stand_in(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros of no memory for an input that was not kept, because no derivative depends on its values."""
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)

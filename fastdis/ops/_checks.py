@@ -41,3 +41,43 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def one_dtype(**tensors: Tensor) -> list[Tensor]:
+    """Return the tensors, which must have the dtype of the first; under autocast they are promoted to a common one.
+
+    Raises
+    ------
+    TypeError
+        If the dtypes differ outside autocast.
+    """
+    (first_name, first), *others = tensors.items()
+    if all(value.dtype == first.dtype for _, value in others):
+        return list(tensors.values())
+    common = first.dtype
+    for name, value in others:
+        if value.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(f"{name} has dtype {value.dtype}; that of {first_name}, {first.dtype}, is needed")
+        common = torch.promote_types(common, value.dtype)
+    return [value.to(common) for value in tensors.values()]
+
+
+def per_sample(name: str, value: Any, like_name: str, like: Tensor) -> Tensor:
+    """A number, a tensor [] or a tensor [B] as a tensor [B] in the statistics dtype of ``like`` [B, *].
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is none of these, or on another device.
+    """
+    dtype = statistics_dtype(like.dtype)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.full((like.shape[0],), float(value), dtype=dtype, device=like.device)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; a tensor is needed, [B] or [], or a number")
+    floating(name, value)
+    same_device(name, value, like_name, like)
+    if value.dim() == 0:
+        value = value.expand(like.shape[0])
+    shape(name, value, (like.shape[0],), f"[B] of {like_name}")
+    return value.to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdis import reference
-from fastdis.ops import _autograd, _backends, _checks
+from fastdis.ops import _autograd, _backends, _batching, _checks
 
 
 def prototype_distances(queries: Tensor, prototypes: Tensor, *, backend: str = "auto") -> Tensor:
@@ -75,11 +75,7 @@ def as_episodes(queries: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor, to
             f"prototypes has {prototypes.shape[-1]} dimensions in shape {list(prototypes.shape)}; "
             f"{queries.shape[-1]}, as in queries, are needed"
         )
-    if queries.dtype != prototypes.dtype:
-        if not torch.is_autocast_enabled(queries.device.type):
-            raise TypeError(f"prototypes has dtype {prototypes.dtype}; that of queries, {queries.dtype}, is needed")
-        common = torch.promote_types(queries.dtype, prototypes.dtype)
-        queries, prototypes = queries.to(common), prototypes.to(common)
+    queries, prototypes = _checks.one_dtype(queries=queries, prototypes=prototypes)
     leading = queries.shape[:-2]
     if queries.dim() == 3 and leading == prototypes.shape[:-2]:
         return queries, prototypes, leading  # no views, which cost a small input more than its products
@@ -117,7 +113,7 @@ class _PrototypeDistances(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel = partial(_backward_kernel, ctx.backend)
-        return (*_autograd.backward(kernel, reference.prototype_distances, grad, ctx.saved_tensors), None)
+        return (*_autograd.backward(kernel, reference.prototype_distances, (grad,), ctx.saved_tensors), None)
 
 
 def _backward_kernel(backend: str, grad: Tensor, queries: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,21 +128,12 @@ def _backward_fake(grad: Tensor, queries: Tensor, prototypes: Tensor) -> tuple[T
     return queries.new_empty(queries.shape), prototypes.new_empty(prototypes.shape)
 
 
-def fold(info: Any, in_dims: Any, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Fold the mapped dimension of a batching rule into the episodes, the first dimension of each tensor."""
-    size = info.batch_size
-    spread = (
-        t.expand(size, *t.shape) if d is None else t.movedim(d, 0) for d, t in zip(in_dims, tensors, strict=False)
-    )
-    return [t.flatten(0, 1) for t in spread]
-
-
 def _vmap(op: Any) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
-        output = op(*fold(info, in_dims, tensors))
+        output = op(*_batching.fold(info.batch_size, in_dims, *tensors))
         if isinstance(output, Tensor):
-            return output.unflatten(0, (info.batch_size, -1)), 0
-        return tuple(t.unflatten(0, (info.batch_size, -1)) for t in output), (0, 0)
+            return *_batching.unfold(info.batch_size, output), 0
+        return _batching.unfold(info.batch_size, *output), (0, 0)
 
     return rule
 

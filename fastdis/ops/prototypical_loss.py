@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdis import reference
-from fastdis.ops import _autograd, _backends, _checks
-from fastdis.ops.prototype_distances import as_episodes, fold
+from fastdis.ops import _autograd, _backends, _batching, _checks
+from fastdis.ops.prototype_distances import as_episodes
 from fastdis.reference.prototypical_loss import REDUCTIONS
 
 
@@ -105,7 +105,7 @@ class _PrototypicalLoss(torch.autograd.Function):
         gradients = _autograd.backward(
             partial(_backward_kernel, *ctx.options),
             partial(_reference, ctx.options[0], labels),
-            grad,
+            (grad,),
             (queries, prototypes),
             (labels, logsumexp),
         )
@@ -137,8 +137,8 @@ def _forward_vmap(op: Any) -> Callable[..., Any]:
     """Fold the mapped dimension into the episodes, and reduce each map's queries apart."""
 
     def rule(info: Any, in_dims: Any, queries: Tensor, prototypes: Tensor, labels: Tensor, reduction: int) -> Any:
-        loss, logsumexp = op(*fold(info, in_dims, (queries, prototypes, labels)), 0)
-        loss, logsumexp = (t.unflatten(0, (info.batch_size, -1)) for t in (loss, logsumexp))
+        loss, logsumexp = op(*_batching.fold(info.batch_size, in_dims, queries, prototypes, labels), 0)
+        loss, logsumexp = _batching.unfold(info.batch_size, loss, logsumexp)
         if reduction != 0:
             loss = loss.mean((1, 2)) if REDUCTIONS[reduction] == "mean" else loss.sum((1, 2))
         return (loss, logsumexp), (0, 0)
@@ -152,14 +152,14 @@ def _backward_vmap(op: Any) -> Callable[..., Any]:
         reduction: int,
     ) -> Any:  # fmt: skip
         size = info.batch_size
-        q, p, y, lse = fold(info, in_dims[1:], (queries, prototypes, labels, logsumexp))
-        grad = grad.expand(size, *grad.shape) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
+        q, p, y, lse = _batching.fold(size, in_dims[1:], queries, prototypes, labels, logsumexp)
+        grad = _batching.in_front(size, in_dims[0], grad)
         per_map = lse.unflatten(0, (size, -1))
         if reduction != 0:
             count = per_map[0].numel() if REDUCTIONS[reduction] == "mean" else 1
             grad = (grad / count).reshape(size, 1, 1).expand_as(per_map)
         dq, dp = op(grad.flatten(0, 1).contiguous(), q, p, y, lse, 0)
-        return tuple(t.unflatten(0, (size, -1)) for t in (dq, dp)), (0, 0)
+        return _batching.unfold(size, dq, dp), (0, 0)
 
     return rule
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdis import reference
-from fastdis.ops import _autograd, _backends, _checks
+from fastdis.ops import _autograd, _backends, _batching, _checks
 from fastdis.reference.style_modulation import ACTIVATIONS
 
 
@@ -200,7 +200,7 @@ class _StyleModulation(torch.autograd.Function):
             _autograd.backward(
                 partial(_backward_kernel, *options),
                 partial(_reference, *options),
-                dy,
+                (dy,),
                 tuple(inputs),
                 (mean, rstd),
             )
@@ -264,16 +264,13 @@ def _backward_fake(
     return _empty_image(x), dscale, dshift, dweight, dbias
 
 
-def _batched(size: int, in_dim: int | None, value: Tensor) -> Tensor:
-    """The mapped dimension in front, or one made by expansion."""
-    return value.expand(size, *value.shape) if in_dim is None else value.movedim(in_dim, 0)
-
-
 def _fold_affine(size: int, in_dims: Any, scale: Any, shift: Any, weight: Any, bias: Any) -> tuple[Tensor, ...]:
     """Scale [V, B, C], shift, weight [V, 1, C] and bias in front-batched form, and gamma and beta out of the four."""
-    scale, shift = _batched(size, in_dims[0], scale), _batched(size, in_dims[1], shift)
-    weight = torch.ones_like(scale[:, :1]) if weight is None else _batched(size, in_dims[2], weight).unsqueeze(1)
-    bias = torch.zeros_like(scale[:, :1]) if bias is None else _batched(size, in_dims[3], bias).unsqueeze(1)
+    scale, shift = _batching.in_front(size, in_dims[0], scale), _batching.in_front(size, in_dims[1], shift)
+    weight = (
+        torch.ones_like(scale[:, :1]) if weight is None else _batching.in_front(size, in_dims[2], weight).unsqueeze(1)
+    )
+    bias = torch.zeros_like(scale[:, :1]) if bias is None else _batching.in_front(size, in_dims[3], bias).unsqueeze(1)
     return scale, weight, bias, scale * weight, scale * bias + shift
 
 
@@ -281,7 +278,7 @@ def _forward_vmap(op: Any) -> Callable[..., Any]:
     """Fold the mapped dimension into the batch; a mapped weight and bias into scale and shift."""
 
     def rule(info: Any, in_dims: Any, x: Any, scale: Any, shift: Any, weight: Any, bias: Any, *options: Any) -> Any:
-        x = _batched(info.batch_size, in_dims[0], x)
+        x = _batching.in_front(info.batch_size, in_dims[0], x)
         *_, gamma, beta = _fold_affine(info.batch_size, in_dims[1:5], scale, shift, weight, bias)
         outputs = op(x.flatten(0, 1), gamma.flatten(0, 1), beta.flatten(0, 1), None, None, *options)
         return tuple(t.unflatten(0, x.shape[:2]) for t in outputs), (0, 0, 0)
@@ -295,7 +292,7 @@ def _backward_vmap(op: Any) -> Callable[..., Any]:
         *options: Any,
     ) -> Any:  # fmt: skip
         size = info.batch_size
-        dy, x, mean, rstd = (_batched(size, d, t) for d, t in zip(in_dims, (dy, x, mean, rstd), strict=False))
+        dy, x, mean, rstd = (_batching.in_front(size, d, t) for d, t in zip(in_dims, (dy, x, mean, rstd), strict=False))
         folded_scale, folded_weight, folded_bias, gamma, beta = _fold_affine(
             size, in_dims[4:8], scale, shift, weight, bias
         )

@@ -1,10 +1,10 @@
 // Enough of CUDA to run the kernels of csrc/cuda on the CPU: a block's threads are fibres that take turns at barriers.
 //
 // What it catches besides wrong numbers: accesses outside the arrays of guarded_allocate (they end at inaccessible
-// pages), indices outside static arrays (the bounds sanitizer, whose handler is in host_kernels.cpp), reads of dynamic
-// shared memory nobody wrote (it starts as NaN), barriers that not all threads reach, and, by running the threads in
-// either order, most missing barriers. What it cannot show: speed, races inside a warp, and rounding of the device's
-// own exp, log and division.
+// pages), indices outside static arrays and misaligned accesses (sanitizers, whose handlers are in host_library.h),
+// reads of dynamic shared memory nobody wrote (it starts as NaN), barriers that not all threads reach, and, by running
+// the threads in either order, most missing barriers. What it cannot show: speed, races inside a warp, and rounding of
+// the device's own exp, log and division.
 
 #pragma once
 
@@ -82,6 +82,19 @@ inline __half __float2half_rn(float x) {
 }
 
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return std::exp(x); }
+
+inline void sincospi(double x, double* sine, double* cosine) {
+  *sine = std::sin(M_PI * x);
+  *cosine = std::cos(M_PI * x);
+}
+
+inline void sincospif(float x, float* sine, float* cosine) {
+  double exact_sine, exact_cosine;
+  sincospi(x, &exact_sine, &exact_cosine);
+  *sine = static_cast<float>(exact_sine);
+  *cosine = static_cast<float>(exact_cosine);
+}
 
 // -------------------------------------------------------------------------------------------------- memory
 
@@ -89,22 +102,22 @@ namespace fastdis::host {
 
 constexpr size_t kGuard = 1 << 20;  // inaccessible bytes on either side
 
-// `bytes` bytes of NaN that start right after an inaccessible page or, at_end, stop right before one, aligned to
-// `alignment`. free() says whether the bytes around them are still as they were.
+// `bytes` bytes of NaN that start `shift` bytes after an inaccessible page or, at_end, stop right before one, aligned
+// to `alignment`. free() says whether the bytes around them are still as they were.
 struct Guarded {
   unsigned char* map = nullptr;
   size_t inner = 0, offset = 0, bytes = 0;
 
-  Guarded(size_t bytes, bool at_end, size_t alignment) : bytes(bytes) {
+  Guarded(size_t bytes, bool at_end, size_t alignment, size_t shift = 0) : bytes(bytes) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    inner = (bytes + page) / page * page;
+    inner = (bytes + shift + page) / page * page;
     map = static_cast<unsigned char*>(
         mmap(nullptr, inner + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (map == MAP_FAILED || mprotect(map + kGuard, inner, PROT_READ | PROT_WRITE) != 0) {
       throw std::runtime_error("cannot map guarded memory");
     }
     memset(map + kGuard, 0xff, inner);
-    offset = at_end ? (inner - bytes) / alignment * alignment : 0;
+    offset = at_end ? (inner - bytes) / alignment * alignment : shift;
   }
 
   unsigned char* data() const { return map + kGuard + offset; }

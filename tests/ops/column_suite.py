@@ -41,15 +41,22 @@ class Sample:
         return {k: (t.to(dtype) if t.is_floating_point() else t).to(device) for k, t in self.tensors.items()}
 
 
-def outputs_and_gradients(op: Callable[..., Tensor], tensors: dict[str, Tensor], options: dict[str, Any]) -> dict:
-    """The output and the gradients of all floating tensors, under a fixed dense output gradient."""
+def outputs_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs of an op that returns one tensor or several."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def outputs_and_gradients(op: Callable[..., Any], tensors: dict[str, Tensor], options: dict[str, Any]) -> dict:
+    """The outputs and the gradients of all floating tensors, under fixed dense output gradients."""
     leaves = {k: t.detach().requires_grad_() if t.is_floating_point() else t for k, t in tensors.items()}
-    output = op(**leaves, **options)
+    outputs = outputs_of(op(**leaves, **options))
     generator = torch.Generator().manual_seed(7)
-    grad = torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output)
+    differentiable = [o for o in outputs if o.requires_grad]
+    grads = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o) for o in differentiable]
     wanted = {k: t for k, t in leaves.items() if t.is_floating_point()}
-    gradients = torch.autograd.grad(output, list(wanted.values()), grad)
-    return {"output": output.detach(), **{f"d{k}": g for k, g in zip(wanted, gradients, strict=True)}}
+    gradients = torch.autograd.grad(differentiable, list(wanted.values()), grads)
+    named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return named | {f"d{k}": g for k, g in zip(wanted, gradients, strict=True)}
 
 
 def assert_as_good(actual: dict, exact: dict, in_same_dtype: dict, dtype: torch.dtype, roundings: int) -> None:
@@ -121,6 +128,10 @@ class ColumnSuite:
     def call(self, sample: Sample, backend: str) -> Callable[..., Tensor]:
         return lambda **tensors: type(self).op(**tensors, **sample.options, backend=backend)
 
+    def maps(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """Three values of a floating tensor for vmap, the first being the tensor itself."""
+        return [tensor, tensor.flip(0) * 0.5, tensor * 2]
+
     # -- numbers -----------------------------------------------------------------------------------------------
 
     def test_values_and_gradients(self, sample, dtype, backend, device):
@@ -157,9 +168,10 @@ class ColumnSuite:
         def second(op):
             leaves = {k: t.requires_grad_() for k, t in sample.to(torch.float64, device).items() if k in names}
             others = {k: t for k, t in sample.to(torch.float64, device).items() if k not in names}
-            output = op(**leaves, **others)
-            weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=device).reshape(output.shape)
-            first = torch.autograd.grad(output, list(leaves.values()), weights, create_graph=True)
+            outputs = [o for o in outputs_of(op(**leaves, **others)) if o.requires_grad]
+            weights = [torch.linspace(-1, 1, o.numel(), dtype=torch.float64, device=device).reshape(o.shape)
+                       for o in outputs]  # fmt: skip
+            first = torch.autograd.grad(outputs, list(leaves.values()), weights, create_graph=True)
             total = sum((g.square() * 0.5).sum() for g in first)
             if not total.requires_grad:
                 return [torch.zeros_like(t) for t in leaves.values()]
@@ -175,11 +187,12 @@ class ColumnSuite:
         for name in sample.floating():
             tensors = sample.to(torch.float32, device)
             tensors[name][tuple(n // 2 for n in tensors[name].shape)] = value
-            ours = self.call(sample, backend)(**tensors)
-            wanted = type(self).reference(**tensors, **sample.options)
-            assert torch.equal(torch.isfinite(ours), torch.isfinite(wanted)), name
-            # An infinite scale may meet an infinity of the other sign when two affine maps fold into one.
-            assert torch.isnan(ours)[torch.isnan(wanted)].all(), name
+            ours = outputs_of(self.call(sample, backend)(**tensors))
+            reference = outputs_of(type(self).reference(**tensors, **sample.options))
+            for output, wanted in zip(ours, reference, strict=True):
+                assert torch.equal(torch.isfinite(output), torch.isfinite(wanted)), name
+                # An infinite scale may meet an infinity of the other sign when two affine maps fold into one.
+                assert torch.isnan(output)[torch.isnan(wanted)].all(), name
 
     # -- layouts -----------------------------------------------------------------------------------------------
 
@@ -195,8 +208,12 @@ class ColumnSuite:
     def test_expanded_output_gradient(self, sample, backend, device):
         leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in sample.to(torch.float64, device).items()}
         wanted = [t for t in leaves.values() if t.requires_grad]
-        ours = torch.autograd.grad(self.call(sample, backend)(**leaves).sum(), wanted)
-        exact = torch.autograd.grad(type(self).reference(**leaves, **sample.options).sum(), wanted)
+
+        def gradients(op):
+            return torch.autograd.grad(sum(o.sum() for o in outputs_of(op(**leaves)) if o.requires_grad), wanted)
+
+        ours = gradients(self.call(sample, backend))
+        exact = gradients(lambda **t: type(self).reference(**t, **sample.options))
         for a, b in zip(ours, exact, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * (1 + b.abs().max().item()))
 
@@ -266,11 +283,11 @@ class ColumnSuite:
     def test_func_grad_and_vmap(self, sample, backend, device):
         names = list(sample.floating())
         fixed = {k: t for k, t in sample.to(torch.float64, device).items() if k not in names}
-        stacks = {k: torch.stack([t, t.flip(0) * 0.5, t * 2]) for k, t in sample.to(torch.float64, device).items()
-                  if k in names}  # fmt: skip
+        stacks = {k: torch.stack(self.maps(k, t)) for k, t in sample.to(torch.float64, device).items() if k in names}
 
         def loss(op, *values):
-            return op(**dict(zip(names, values, strict=True)), **fixed).square().sum()
+            outputs = outputs_of(op(**dict(zip(names, values, strict=True)), **fixed))
+            return sum(o.square().sum() for o in outputs)
 
         arguments = tuple(range(len(names)))
         ours = torch.func.grad(lambda *v: loss(self.call(sample, backend), *v), argnums=arguments)
@@ -305,10 +322,10 @@ class ColumnSuite:
         if INTERPRETED:
             pytest.skip("the interpreter has no bfloat16")
         with torch.autocast(device, dtype=torch.bfloat16):
-            output = self.call(sample, backend)(**half)
-        wanted = type(self).reference(**sample.to(torch.float64, device), **sample.options)
-        error = (output.double() - wanted).norm() / (wanted.norm() + 1e-6)
-        assert error < 0.05
+            outputs = outputs_of(self.call(sample, backend)(**half))
+        reference = outputs_of(type(self).reference(**sample.to(torch.float64, device), **sample.options))
+        for output, wanted in zip(outputs, reference, strict=True):
+            assert (output.double() - wanted).norm() / (wanted.norm() + 1e-6) < 0.05
 
     # -- refusals ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,46 @@
+"""A DDIM step under sub-gradient fields against eager code as published and torch.compile."""
+
+import torch
+from bench_sum_gradient_fields import read
+from column_bench import Case, ColumnBench
+
+import fastdis
+from fastdis import reference
+
+
+def case(name, batch, factors, *size, eta=False, targets, quick=False):
+    images = {"x": torch.randn(batch, *size), "noise": torch.randn(batch, *size),
+              "fields": torch.randn(batch, factors, *size)}  # fmt: skip
+    options = {"alpha_bar": 0.5, "alpha_bar_prev": 0.55}
+    if eta:
+        images["eta_noise"] = torch.randn(batch, *size)
+        options["sigma"] = 0.1
+    a, b, s = options["alpha_bar"], options["alpha_bar_prev"], options.get("sigma", 0.0)
+
+    def library(x, noise, fields, eta_noise=None):
+        """The same with the library's fused multiply-adds and numbers for coefficients."""
+        e = torch.add(noise, fields.sum(1), alpha=-((1 - a) ** 0.5))
+        x0 = torch.add(x, e, alpha=-((1 - a) ** 0.5)) / a**0.5
+        x_prev = torch.add(b**0.5 * x0, e, alpha=(1 - b - s**2) ** 0.5)
+        return (x_prev if eta_noise is None else torch.add(x_prev, eta_noise, alpha=s)), x0
+
+    image, fields = images["x"].nbytes, images["fields"].nbytes
+    forward = fields + (4 + eta) * image
+    floor = {"forward": (forward, 0.0), "forward+backward": (forward + (5 + eta) * image, 0.0)}
+    return Case(name, images, options, {"library": library}, floor, targets, quick, {"read": read})
+
+
+class BenchDdimStep(ColumnBench):
+    name = "ddim_step"
+    op = staticmethod(fastdis.ddim_step)
+    reference = staticmethod(reference.ddim_step)
+
+    @staticmethod
+    def cases():
+        large = {"forward": {"read": 1 / 1.15}, "forward+backward": {"fastest": 1.0}}
+        paper = {"forward+backward": {"fastest": 1.5}}
+        return [
+            case("[32,20,3,64,64]", 32, 20, 3, 64, 64, targets=large),
+            case("[128,6,3,16,16]", 128, 6, 3, 16, 16, targets=paper, quick=True),
+            case("eta [128,6,3,16,16]", 128, 6, 3, 16, 16, eta=True, targets=paper),
+        ]

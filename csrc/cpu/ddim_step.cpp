@@ -1,0 +1,141 @@
+// A DDIM step under sub-gradient fields on the CPU.
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "gradient_fields.h"
+
+namespace fastdis {
+namespace {
+
+// With d = sqrt(1 - alpha_bar): e = noise - d sum, x0 = (x - d e) / sqrt(alpha_bar), x_prev = p x0 + q e + sigma eta.
+template <class A>
+struct Step {
+  A d, inverse, p, q, sigma;
+
+  Step(const Tensor& alpha_bar, const Tensor& alpha_bar_prev, const Tensor& sigma_, int64_t b) {
+    const A a = data<A>(alpha_bar)[b], previous = data<A>(alpha_bar_prev)[b];
+    sigma = data<A>(sigma_)[b];
+    d = std::sqrt(1 - a);
+    inverse = 1 / std::sqrt(a);
+    p = std::sqrt(previous);
+    const A left = 1 - previous - sigma * sigma;
+    q = std::sqrt(left < 0 ? A(0) : left);
+  }
+};
+
+template <class T>
+struct StepForward {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const T* x, const T* noise, const T* fields, const T* eta,
+                                 const accumulate_t<T>* weights, Step<accumulate_t<T>> s, T* x_prev, T* x0,
+                                 int64_t factors, int64_t size, int64_t first, int64_t last) {
+    using A = accumulate_t<T>;
+    A sums[field_block];
+    for (; first < last; first += field_block) {
+      const int64_t count = std::min(field_block, last - first);
+      sum_fields(fields + first, weights, factors, size, count, sums);
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const A e = load(noise + first, i) - s.d * sums[i];
+        const A clean = (load(x + first, i) - s.d * e) * s.inverse;
+        store(x0 + first, i, clean);
+        sums[i] = s.p * clean + s.q * e;
+      }
+      if (eta == nullptr) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) store(x_prev + first, i, sums[i]);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) store(x_prev + first, i, sums[i] + s.sigma * load(eta + first, i));
+      }
+    }
+  }
+};
+
+// The gradients of x, noise, the sum of fields and eta are linear in the two incoming ones.
+template <class T>
+struct StepBackward {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const T* grad_prev, const T* grad_x0, Step<accumulate_t<T>> s, T* dx, T* dnoise,
+                                 T* dtotal, T* deta, int64_t first, int64_t last) {
+    using A = accumulate_t<T>;
+    A before[field_block], clean[field_block];
+    for (; first < last; first += field_block) {
+      const int64_t count = std::min(field_block, last - first);
+      for (int64_t i = 0; i < count; ++i) before[i] = grad_prev == nullptr ? A(0) : load(grad_prev + first, i);
+      for (int64_t i = 0; i < count; ++i) clean[i] = grad_x0 == nullptr ? A(0) : load(grad_x0 + first, i);
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) clean[i] = (clean[i] + s.p * before[i]) * s.inverse;
+      if (dx != nullptr) write(dx + first, clean, A(1), count);
+      if (deta != nullptr) write(deta + first, before, s.sigma, count);
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) before[i] = s.q * before[i] - s.d * clean[i];
+      if (dnoise != nullptr) write(dnoise + first, before, A(1), count);
+      if (dtotal != nullptr) write(dtotal + first, before, -s.d, count);
+    }
+  }
+
+  static FASTDIS_INLINE void write(T* to, const accumulate_t<T>* from, accumulate_t<T> factor, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) store(to, i, factor * from[i]);
+  }
+};
+
+std::tuple<Tensor, Tensor> ddim_step_forward(const Tensor& x, const Tensor& noise, const Tensor& fields,
+                                             const Tensor& alpha_bar, const Tensor& alpha_bar_prev, const Tensor& sigma,
+                                             const std::optional<Tensor>& weights,
+                                             const std::optional<Tensor>& eta_noise) {
+  check_same_dtype(noise, "noise", x.scalar_type());
+  check_same_dtype(fields, "fields", x.scalar_type());
+  const FieldShape shape(x, fields.size(1));
+  const Tensor from = make_contiguous(x), predicted = make_contiguous(noise), f = make_contiguous(fields);
+  const Tensor a = make_contiguous(alpha_bar), p = make_contiguous(alpha_bar_prev), s = make_contiguous(sigma);
+  const std::optional<Tensor> w = make_contiguous(weights), eta = make_contiguous(eta_noise);
+  return dispatch_floating(x, "x", [&]<class T>() -> std::tuple<Tensor, Tensor> {
+    using A = accumulate_t<T>;
+    Tensor x_prev = empty_image(x), x0 = empty_image(x);
+    const FieldWeights<A> each(w, shape.factors);
+    for_each_part(shape, shape.factors + 4, [&](int64_t b, int64_t first, int64_t last) {
+      const int64_t at = b * shape.size;
+      multiversion<StepForward<T>>(data<T>(from) + at, data<T>(predicted) + at, data<T>(f) + at * shape.factors,
+                                   data_from<T>(eta, at), each.of(b), Step<A>(a, p, s, b), mutable_data<T>(x_prev) + at,
+                                   mutable_data<T>(x0) + at, shape.factors, shape.size, first, last);
+    });
+    return {x_prev, x0};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ddim_step_backward(const std::optional<Tensor>& grad_prev,
+                                                              const std::optional<Tensor>& grad_x0,
+                                                              const Tensor& alpha_bar, const Tensor& alpha_bar_prev,
+                                                              const Tensor& sigma, bool for_x, bool for_noise,
+                                                              bool for_fields, bool for_eta_noise) {
+  STD_TORCH_CHECK(grad_prev || grad_x0, "grad_prev and grad_x0 are both None; at least one is needed");
+  const Tensor& grad = grad_prev ? *grad_prev : *grad_x0;
+  const FieldShape shape(grad, 1);
+  const std::optional<Tensor> before = make_contiguous(grad_prev), clean = make_contiguous(grad_x0);
+  const Tensor a = make_contiguous(alpha_bar), p = make_contiguous(alpha_bar_prev), s = make_contiguous(sigma);
+  return dispatch_floating(grad, "grad", [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    Tensor dx = empty_image_if(for_x, grad), dnoise = empty_image_if(for_noise, grad);
+    Tensor dtotal = empty_image_if(for_fields, grad), deta = empty_image_if(for_eta_noise, grad);
+    for_each_part(shape, 4, [&](int64_t b, int64_t first, int64_t last) {
+      const int64_t at = b * shape.size;
+      const auto to = [&](bool wanted, const Tensor& t) { return wanted ? mutable_data<T>(t) + at : nullptr; };
+      multiversion<StepBackward<T>>(data_from<T>(before, at), data_from<T>(clean, at),
+                                    Step<accumulate_t<T>>(a, p, s, b), to(for_x, dx), to(for_noise, dnoise),
+                                    to(for_fields, dtotal), to(for_eta_noise, deta), first, last);
+    });
+    return {dx, dnoise, dtotal, deta};
+  });
+}
+
+}  // namespace
+}  // namespace fastdis
+
+STABLE_TORCH_LIBRARY_IMPL(fastdis, CPU, m) {
+  m.impl("ddim_step_forward", TORCH_BOX(&fastdis::ddim_step_forward));
+  m.impl("ddim_step_backward", TORCH_BOX(&fastdis::ddim_step_backward));
+}
