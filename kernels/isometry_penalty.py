@@ -98,8 +98,7 @@ def _deviation(gram, index, latents, center, KIND: tl.constexpr):
     value = tl.load(gram + index, index < latents * latents, other=0.0)
     diagonal = (index % (latents + 1) == 0) & (index < latents * latents)
     if KIND == ORTHOGONALITY:
-        # A product, through which a NaN on the diagonal stays one.
-        value *= tl.where(diagonal, 0.0, 1.0)
+        value = tl.where(diagonal, 0.0, value)
     else:
         value -= tl.where(diagonal, center, 0.0)
     return value

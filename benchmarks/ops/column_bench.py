@@ -26,6 +26,7 @@ from fastdis.ops import _backends
 ROUND_SECONDS = 2e-3  # a shorter call is repeated within a round until it takes this long
 BUDGET_SECONDS = {"quick": 1.5, "full": 3.0}  # for the rounds of one case and pass
 ROUNDS = (9, 101)  # fewest and most
+SLOW_SECONDS, SLOW_ROUNDS = 0.5, 3  # a call that takes this long is warm enough, and timed this often
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,25 @@ class Contender:
 
     run: Callable[[], Any]
     repeats: int = 1
+    slow: bool = False
     seconds: list[float] = field(default_factory=list)
 
     def warm_up(self) -> None:
-        for _ in range(3):
-            self.run()
+        self.run()  # which may compile
+        started = time.perf_counter()
+        self.run()
+        took = time.perf_counter() - started
+        if took > SLOW_SECONDS:
+            self.slow = True
+            return
+        self.run()
         started = time.perf_counter()
         self.run()
         self.repeats = max(1, round(ROUND_SECONDS / (time.perf_counter() - started)))
 
     def time(self) -> None:
-        self.run()  # or it would pay for the caches and the heap that the contender before it left
+        if not self.slow:
+            self.run()  # or it would pay for the caches and the heap that the contender before it left
         started = time.perf_counter()
         for _ in range(self.repeats):
             self.run()
@@ -135,6 +144,7 @@ def race(
         contender.warm_up()
     round_seconds = one_round(contenders)
     rounds = min(ROUNDS[1], max(ROUNDS[0], int(BUDGET_SECONDS["quick" if quick else "full"] / round_seconds)))
+    rounds = SLOW_ROUNDS if any(c.slow for c in contenders.values()) else rounds
     for contender in contenders.values():
         contender.seconds.clear()
     ours, others = contenders["ours"], {k: c for k, c in contenders.items() if k != "ours"}

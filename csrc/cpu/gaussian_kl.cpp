@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -14,7 +15,7 @@ namespace {
 
 enum Reduction : int64_t { none, mean_of_all, sum_of_all };
 
-// divergences[b] of samples first to last; weights may be null.
+// divergences[b] of samples first to last.
 template <class T>
 struct KlForward {
   template <class Isa>
@@ -27,15 +28,14 @@ struct KlForward {
 #pragma omp simd reduction(+ : sum)
       for (int64_t k = 0; k < latents; ++k) {
         const A mu = load(m, k), log_variance = load(v, k);
-        const A w = weights == nullptr ? A(1) : weights[k];
-        sum += w * (mu * mu + (exponential(log_variance) - A(1) - log_variance));
+        sum += weights[k] * (mu * mu + (exponential(log_variance) - A(1) - log_variance));
       }
       divergences[b] = sum / 2;
     }
   }
 };
 
-// grads: one for every sample, `stride` apart. dweights, if there are weights: a part's sum over its samples.
+// grads: one for every sample, `stride` apart. dweights, unless null: a part's sum over its samples.
 template <class T>
 struct KlBackward {
   template <class Isa>
@@ -49,11 +49,11 @@ struct KlBackward {
       T *dm = dmean + b * latents, *dv = dlogvar + b * latents;
 #pragma omp simd
       for (int64_t k = 0; k < latents; ++k) {
-        const A w = weights == nullptr ? g : g * weights[k];
+        const A w = g * weights[k];
         store(dm, k, w * load(m, k));
         store(dv, k, w * (exponential(A(load(v, k))) - A(1)) / 2);
       }
-      if (weights == nullptr) continue;
+      if (dweights == nullptr) continue;
 #pragma omp simd
       for (int64_t k = 0; k < latents; ++k) {
         const A mu = load(m, k), log_variance = load(v, k);
@@ -80,18 +80,25 @@ struct Parts {
   }
 };
 
+// The weights, or as many ones.
+template <class A>
+Buffer<A> weights_of(const std::optional<Tensor>& weights, int64_t latents) {
+  Buffer<A> result(latents, A(1));
+  if (weights) std::copy_n(data<A>(make_contiguous(*weights)), latents, result.begin());
+  return result;
+}
+
 Tensor gaussian_kl_forward(const Tensor& mean, const Tensor& logvar, const std::optional<Tensor>& weights,
                            int64_t reduction) {
   check_same_dtype(logvar, "logvar", mean.scalar_type());
   const int64_t batch = mean.size(0), latents = mean.size(1);
   const Tensor m = make_contiguous(mean), v = make_contiguous(logvar);
-  const Tensor w = weights ? make_contiguous(*weights) : mean;
   return dispatch_floating(mean, "mean", [&]<class T>() {
     using A = accumulate_t<T>;
     std::vector<A> divergences(batch);
+    const Buffer<A> w = weights_of<A>(weights, latents);
     Parts(mean).for_each([&](int64_t, int64_t first, int64_t last) {
-      multiversion<KlForward<T>>(data<T>(m), data<T>(v), weights ? data<A>(w) : nullptr, divergences.data(), latents,
-                                 first, last);
+      multiversion<KlForward<T>>(data<T>(m), data<T>(v), w.data(), divergences.data(), latents, first, last);
     });
     if (reduction == none) {
       Tensor result = empty(mean, {batch}, mean.scalar_type());
@@ -113,19 +120,19 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_kl_backward(const Tensor& grad, cons
   check_same_dtype(grad, "grad", mean.scalar_type());
   const int64_t batch = mean.size(0), latents = mean.size(1);
   const Tensor g = make_contiguous(grad), m = make_contiguous(mean), v = make_contiguous(logvar);
-  const Tensor w = weights ? make_contiguous(*weights) : mean;
   return dispatch_floating(mean, "mean", [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
     using A = accumulate_t<T>;
     Tensor dmean = empty(mean, {batch, latents}, mean.scalar_type());
     Tensor dlogvar = empty(mean, {batch, latents}, mean.scalar_type());
     Tensor dweights = empty(mean, {weights ? latents : 0}, scalar_type_of<A>());
     const Parts parts(mean);
+    const Buffer<A> w = weights_of<A>(weights, latents);
     const int64_t row = padded(latents, column_pad<double>);
     Buffer<double> sums(weights ? parts.count * row : 0);
     const A factor = reduction == mean_of_all ? A(1) / static_cast<A>(batch) : A(1);
     parts.for_each([&](int64_t part, int64_t first, int64_t last) {
       multiversion<KlBackward<T>>(data<T>(g), static_cast<int64_t>(reduction == none), factor, data<T>(m), data<T>(v),
-                                  weights ? data<A>(w) : nullptr, mutable_data<T>(dmean), mutable_data<T>(dlogvar),
+                                  w.data(), mutable_data<T>(dmean), mutable_data<T>(dlogvar),
                                   weights ? sums.data() + part * row : nullptr, latents, first, last);
     });
     for (int64_t k = 0; weights && k < latents; ++k) {

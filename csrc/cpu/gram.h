@@ -45,32 +45,39 @@ int64_t chunk_of(int64_t latents) {
   return std::clamp<int64_t>(fits / 64 * 64, 64, 2048);
 }
 
-// K rows of one chunk in the accumulator's type, padded with zeros to whole vectors; a view where nothing has to
-// change.
+// K rows of one chunk in the accumulator's type: a view where they are whole vectors of that type already, else a copy
+// that is padded with zeros to whole vectors.
 template <class T>
 struct Chunk {
   using A = accumulate_t<T>;
+  static constexpr bool same = std::is_same_v<T, A>;
   const A* rows = nullptr;
-  int64_t row = 0, count = 0;
+  int64_t row = 0, count = 0, room;
+  Buffer<A> copy;
 
-  FASTDIS_INLINE void read(const T* from, int64_t from_row, int64_t latents, int64_t length, A* buffer, int64_t room) {
-    count = padded(length, column_pad<A>);
-    if constexpr (std::is_same_v<T, A>) {
-      if (count == length) {
+  Chunk(int64_t latents, int64_t room_) : room(room_), copy(latents * (same ? column_pad<A> : room_)) {}
+
+  // Reads up to `rest` dimensions; returns how many.
+  FASTDIS_INLINE int64_t read(const T* from, int64_t from_row, int64_t latents, int64_t rest) {
+    int64_t length = std::min(room, rest);
+    if constexpr (same) {
+      if (length >= column_pad<A>) {
         rows = from;
         row = from_row;
-        return;
+        return count = length / column_pad<A> * column_pad<A>;
       }
     }
+    row = same ? column_pad<A> : room;
+    count = padded(length, column_pad<A>);
     for (int64_t k = 0; k < latents; ++k) {
       const T* source = from + k * from_row;
-      A* to = buffer + k * room;
+      A* to = copy.data() + k * row;
 #pragma omp simd
       for (int64_t d = 0; d < length; ++d) to[d] = load(source, d);
       for (int64_t d = length; d < count; ++d) to[d] = A(0);
     }
-    rows = buffer;
-    row = room;
+    rows = copy.data();
+    return length;
   }
 };
 
@@ -121,11 +128,11 @@ struct GramOfRows {
   static FASTDIS_INLINE void tiled(const T* rows, int64_t row, int64_t latents, int64_t dimensions, A* gram) {
     constexpr int lanes = Isa::vector_bytes / sizeof(A);
     constexpr int64_t part = tile * tile * lanes;
-    const int64_t tiles = (latents + tile - 1) / tile, room = chunk_of<A>(latents);
-    Buffer<A> buffer(latents * room), sums(tiles * (tiles + 1) / 2 * part);
-    Chunk<T> chunk;
-    for (int64_t first = 0; first < dimensions; first += room) {
-      chunk.read(rows + first, row, latents, std::min(room, dimensions - first), buffer.data(), room);
+    const int64_t tiles = (latents + tile - 1) / tile;
+    Buffer<A> sums(tiles * (tiles + 1) / 2 * part);
+    Chunk<T> chunk(latents, chunk_of<A>(latents));
+    for (int64_t first = 0; first < dimensions;) {
+      first += chunk.read(rows + first, row, latents, dimensions - first);
       A* to = sums.data();
       for (int64_t i = 0; i < tiles; ++i) {
         for (int64_t j = i; j < tiles; ++j, to += part) {
@@ -152,28 +159,27 @@ struct GramOfRows {
 template <class T>
 struct MixRows {
   using A = accumulate_t<T>;
-  static constexpr int tile = 4, width = 2;
+  static constexpr int tile = 4;
 
   template <class Isa>
   static FASTDIS_INLINE void run(const T* rows, int64_t row, const A* matrix, int64_t latents, int64_t dimensions,
                                  T* to, int64_t to_row) {
-    const int64_t room = chunk_of<A>(2 * latents);
-    Buffer<A> buffer(latents * room);
-    Chunk<T> chunk;
-    for (int64_t first = 0; first < dimensions; first += room) {
-      const int64_t length = std::min(room, dimensions - first);
-      chunk.read(rows + first, row, latents, length, buffer.data(), room);
+    Chunk<T> chunk(latents, chunk_of<A>(2 * latents));
+    for (int64_t first = 0; first < dimensions;) {
+      const int64_t length = chunk.read(rows + first, row, latents, dimensions - first);
       for (int64_t i = 0; i < latents; i += tile) {
         mix<Isa>(chunk, matrix, latents, i, to + i * to_row + first, to_row, length);
       }
+      first += length;
     }
   }
 
-  // A tile of results, by pairs of vectors, then by single ones.
+  // A tile of results, by a few vectors, then by single ones.
   template <class Isa>
   static FASTDIS_INLINE void mix(const Chunk<T>& chunk, const A* matrix, int64_t latents, int64_t first, T* to,
                                  int64_t to_row, int64_t length) {
     constexpr int64_t lanes = Isa::vector_bytes / sizeof(A);
+    constexpr int width = Isa::vector_bytes == 64 ? 4 : 2;  // as many accumulators as registers allow
     int64_t d = 0;
     for (; d + width * lanes <= chunk.count; d += width * lanes) {
       columns<Isa, width>(chunk, matrix, latents, first, d, to, to_row, length);
@@ -201,20 +207,21 @@ struct MixRows {
       });
       for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA { sum[i] += from[i % W] * factors[i / W][j]; });
     }
-    for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA {
-      const int64_t at = d + i % W * lanes;
-      if (first + i / W >= latents) return;
-      T* target = to + i / W * to_row + at;
-      if constexpr (std::is_same_v<T, A>) {
-        if (at + lanes <= length) {
-          *reinterpret_cast<Vector*>(target) = sum[i];
-          return;
-        }
+    if constexpr (std::is_same_v<T, A>) {
+      if (first + tile <= latents && d + W * lanes <= length) {
+        for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA {
+          *reinterpret_cast<Vector*>(to + i / W * to_row + d + i % W * lanes) = sum[i];
+        });
+        return;
       }
-      for (int lane = 0; lane < lanes; ++lane) {
-        if (at + lane < length) store(target, lane, sum[i][lane]);
-      }
-    });
+    }
+    A result[tile * W * lanes];
+    for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA { reinterpret_cast<Vector*>(result)[i] = sum[i]; });
+    const int64_t count = std::min<int64_t>(W * lanes, length - d);
+    for (int64_t r = 0; r < std::min<int64_t>(tile, latents - first); ++r) {
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c) store(to + r * to_row + d, c, result[r * W * lanes + c]);
+    }
   }
 };
 

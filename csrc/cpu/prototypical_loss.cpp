@@ -81,7 +81,7 @@ struct LossBackward {
         A* logit = block.matrix.data() + q * p.column;
         const A lse = logsumexp[first + q], scale = 2 * grad[first + q];
 #pragma omp simd
-        for (int64_t n = 0; n < N; ++n) logit[n] = scale * exponential(logit_of(logit[n], p.norms[n]) - lse);
+        for (int64_t n = 0; n < N; ++n) logit[n] = scale * share_of_softmax(logit_of(logit[n], p.norms[n]) - lse);
         std::fill(logit + N, logit + p.column, A(0));
         logit[labels[first + q]] -= scale;
       }

@@ -150,7 +150,7 @@ def _backward_kernel(
     dataset_size: int, estimator: int, backend: str, *tensors: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     *grads, z, mean, logvar, log_joint, log_marginals = tensors
-    nothing = torch.zeros_like(next(g for g in grads if g is not None)) if None in grads else None
+    nothing = torch.zeros_like(next(g for g in grads if g is not None)) if any(g is None for g in grads) else None
     grad = torch.stack([nothing if g is None else g for g in grads])  # type: ignore[misc]
     return _column.kernels[backend].backward(grad, z, mean, logvar, log_joint, log_marginals, dataset_size, estimator)
 
