@@ -201,37 +201,49 @@ struct Layout {
   int64_t row() const { return batch * sample(); }
 };
 
-// a = primal + bias over elements first to first + count of a sample.
-template <class T>
-FASTDIS_INLINE void read_primal(const T* primal, const T* bias, int64_t spatial, int64_t first, int64_t count,
-                                accumulate_t<T>* a) {
-  if (bias == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) a[i] = load(primal, i);
-  } else if (spatial == 1) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) a[i] = load(primal, i) + load(bias + first, i);
-  } else {
-    for (int64_t i = 0; i < count;) {  // the elements of one channel at a time
-      const int64_t channel = (first + i) / spatial, end = std::min(count, (channel + 1) * spatial - first);
-      const accumulate_t<T> b = load(bias, channel);
-#pragma omp simd
-      for (int64_t j = i; j < end; ++j) a[j] = load(primal, j) + b;
-      i = end;
-    }
+// body(channel, begin, end) over runs of a block that starts at element `first` of a sample: runs of one channel, or,
+// where a sample has one element a channel, of channels in their order.
+template <class Body>
+FASTDIS_INLINE void for_each_run(const Layout& layout, int64_t first, int64_t count, const Body& body) {
+  for (int64_t i = 0; i < count;) {
+    const int64_t channel = (first + i) / layout.spatial % layout.channels;
+    const int64_t length =
+        layout.spatial == 1 ? layout.channels - channel : layout.spatial - (first + i) % layout.spatial;
+    const int64_t end = std::min(count, i + length);
+    body(channel, i, end);
+    i = end;
   }
 }
 
-// One block of one sample: primal to value, tangents times slope. shared: the tangents have no sample dimension.
+// a = primal + bias over a block.
+template <class T>
+FASTDIS_INLINE void read_primal(const Layout& layout, const T* primal, const T* bias, int64_t first, int64_t count,
+                                accumulate_t<T>* a) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) a[i] = load(primal, i);
+  if (bias == nullptr) return;
+  for_each_run(layout, first, count, [&](int64_t channel, int64_t begin, int64_t end) FASTDIS_INLINE_LAMBDA {
+    if (layout.spatial == 1) {
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) a[i] += load(bias + channel, i - begin);
+    } else {
+      const accumulate_t<T> b = load(bias, channel);
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) a[i] += b;
+    }
+  });
+}
+
+// One block, `at` from the start of a row and `first` from that of a sample: primal to value, tangents times slope.
 template <class T>
 struct ForwardBlock {
   template <class Isa>
   static FASTDIS_INLINE void run(const Layout* layout, const T* rows, const T* directions, const T* bias,
-                                 accumulate_t<T> parameter, T* to, int64_t b, int64_t first, int64_t count) {
+                                 accumulate_t<T> parameter, T* to, int64_t at, int64_t first, int64_t count) {
     using A = accumulate_t<T>;
     A a[block], value[block], slope[block], curvature[block];
-    const int64_t at = b * layout->sample() + first, row = layout->row();
-    read_primal(rows + at, bias, layout->spatial, first, count, a);
+    const int64_t row = layout->row();
+    read_primal(*layout, rows + at, bias, first, count, a);
     Points<A>::template run<Isa>(layout->activation, a, parameter, count, value, slope, curvature);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) store(to + at, i, value[i]);
@@ -244,20 +256,19 @@ struct ForwardBlock {
   }
 };
 
-// One block of one sample, backwards. primal_only: there are no tangents' gradients. of_directions [K][sample size] and
-// of_bias [C] are added to.
+// One block, backwards. of_directions [K][sample size] and of_bias [C] are added to.
 template <class T>
 struct BackwardBlock {
   template <class Isa>
   static FASTDIS_INLINE void run(const Layout* layout, const T* grad_primal, const T* grad_tangents, const T* saved,
                                  const T* directions, const T* bias, accumulate_t<T> parameter, T* drows,
-                                 accumulate_t<T>* of_directions, accumulate_t<T>* of_bias, int64_t b, int64_t first,
+                                 accumulate_t<T>* of_directions, accumulate_t<T>* of_bias, int64_t at, int64_t first,
                                  int64_t count) {
     using A = accumulate_t<T>;
     A a[block], value[block], slope[block], curvature[block], pull[block];
-    const int64_t sample = layout->sample(), at = b * sample + first, row = layout->row();
+    const int64_t sample = layout->sample(), row = layout->row();
     const bool curved = layout->activation >= piecewise_linear;
-    read_primal(saved + at, curved ? bias : nullptr, layout->spatial, first, count, a);
+    read_primal(*layout, saved + at, curved ? bias : nullptr, first, count, a);
     Points<A>::template run<Isa>(layout->activation, a, parameter, count, value, slope, curvature);
     std::fill_n(pull, count, A(0));  // of the tangents on the slope
     for (int64_t k = 0; k < layout->tangents && grad_tangents != nullptr; ++k) {
@@ -293,50 +304,56 @@ struct BackwardBlock {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) store(drows + at, i, a[i]);
     if (of_bias == nullptr) return;
-    if (layout->spatial == 1) {
+    for_each_run(*layout, first, count, [&](int64_t channel, int64_t begin, int64_t end) FASTDIS_INLINE_LAMBDA {
+      if (layout->spatial == 1) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) of_bias[first + i] += a[i];
-      return;
-    }
-    for (int64_t i = 0; i < count;) {
-      const int64_t channel = (first + i) / layout->spatial;
-      const int64_t end = std::min(count, (channel + 1) * layout->spatial - first);
-      A sum = 0;
+        for (int64_t i = begin; i < end; ++i) of_bias[channel + i - begin] += a[i];
+      } else {
+        A sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = i; j < end; ++j) sum += a[j];
-      of_bias[channel] += sum;
-      i = end;
-    }
+        for (int64_t i = begin; i < end; ++i) sum += a[i];
+        of_bias[channel] += sum;
+      }
+    });
   }
 };
 
-// body(part, sample, first, count) over all blocks, cut into parts; with `by_columns` a part has all samples of its
-// blocks, so that sums over samples are its own.
+// body(part, at, first, count) over all blocks, cut into parts; with `by_columns` a part has all samples of its blocks,
+// so that sums over samples are its own.
 struct Walk {
   const Layout& layout;
-  int64_t size, blocks, parts;
+  int64_t sample, size, blocks, samples, parts;  // blocks of a sample, or of the samples that are taken for one
   bool by_columns;
 
-  Walk(const Layout& layout_, bool by_columns_) : layout(layout_), by_columns(by_columns_) {
-    size = by_columns ? 64 : block;  // columns alone have to make parts enough
-    blocks = (layout.sample() + size - 1) / size;
-    const int64_t tasks = by_columns ? blocks : blocks * layout.batch;
-    const bool serial = layout.row() * (1 + layout.tangents) < serial_elements;
+  Walk(const Layout& layout_, bool shared, bool by_columns_)
+      : layout(layout_), sample(layout_.sample()), by_columns(by_columns_) {
+    samples = layout.batch;
+    size = by_columns ? 64 : block;                      // columns alone have to make parts enough
+    if (!shared && layout.spatial == 1 && sample > 0) {  // small samples share a block
+      size = std::max<int64_t>(1, block / sample) * std::min(sample, block);
+      sample = sample <= block ? layout.row() : sample;
+      samples = sample == layout.row() ? 1 : samples;
+    }
+    blocks = (sample + size - 1) / size;
+    const int64_t tasks = by_columns ? blocks : blocks * samples;
+    const bool serial = layout.row() * (1 + layout.tangents) < 4 * serial_elements;
     parts = serial ? 1 : std::max<int64_t>(1, std::min<int64_t>(tasks, torch::stable::get_num_threads()));
   }
 
   template <class Body>
   void operator()(const Body& body) const {
+    if (layout.batch == 0) return;
     const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         if (by_columns) {
           for (int64_t i = part * blocks / parts; i < (part + 1) * blocks / parts; ++i) {
-            for (int64_t b = 0; b < layout.batch; ++b) one(body, part, b, i);
+            for (int64_t b = 0; b < samples; ++b) one(body, part, b, i);
           }
         } else {
-          const int64_t tasks = blocks * layout.batch;
-          for (int64_t i = part * tasks / parts; i < (part + 1) * tasks / parts; ++i)
+          const int64_t tasks = blocks * samples;
+          for (int64_t i = part * tasks / parts; i < (part + 1) * tasks / parts; ++i) {
             one(body, part, i / blocks, i % blocks);
+          }
         }
       }
     };
@@ -346,7 +363,7 @@ struct Walk {
 
   template <class Body>
   void one(const Body& body, int64_t part, int64_t b, int64_t i) const {
-    body(part, b, i * size, std::min(size, layout.sample() - i * size));
+    body(part, b * sample + i * size, i * size, std::min(size, sample - i * size));
   }
 };
 
@@ -365,10 +382,10 @@ Tensor tangent_activation_forward(const Tensor& rows, const std::optional<Tensor
   const Tensor offset = make_contiguous(bias ? *bias : rows);
   return dispatch_floating(rows, "rows", [&]<class T>() {
     Tensor to = empty(rows, sizes_with_rows(rows, 1 + layout.tangents), rows.scalar_type());
-    Walk(layout, false)([&](int64_t, int64_t b, int64_t first, int64_t count) {
+    Walk(layout, directions.has_value(), false)([&](int64_t, int64_t at, int64_t first, int64_t count) {
       multiversion<ForwardBlock<T>>(&layout, data<T>(from), directions ? data<T>(shared) : nullptr,
                                     bias ? data<T>(offset) : nullptr, static_cast<accumulate_t<T>>(parameter),
-                                    mutable_data<T>(to), b, first, count);
+                                    mutable_data<T>(to), at, first, count);
     });
     return to;
   });
@@ -396,15 +413,15 @@ std::tuple<Tensor, Tensor, Tensor> tangent_activation_backward(
     if (directions) sizes.assign(directions->sizes().begin(), directions->sizes().end());
     Tensor ddirections = empty(saved, sizes, saved.scalar_type());
     Tensor dbias = empty(saved, {bias ? layout.channels : 0}, saved.scalar_type());
-    const Walk walk(layout, directions.has_value());
+    const Walk walk(layout, directions.has_value(), directions.has_value());
     const int64_t row = padded(layout.channels, column_pad<A>);
     Buffer<A> of_directions(directions ? tangents * layout.sample() : 0), of_bias(bias ? walk.parts * row : 0);
-    walk([&](int64_t part, int64_t b, int64_t first, int64_t count) {
+    walk([&](int64_t part, int64_t at, int64_t first, int64_t count) {
       multiversion<BackwardBlock<T>>(
           &layout, grad_primal ? data<T>(of_primal) : nullptr, grad_tangents ? data<T>(of_tangents) : nullptr,
           data<T>(from), directions ? data<T>(shared) : nullptr, bias ? data<T>(offset) : nullptr,
           static_cast<A>(parameter), mutable_data<T>(drows), directions ? of_directions.data() : nullptr,
-          bias ? of_bias.data() + part * row : nullptr, b, first, count);
+          bias ? of_bias.data() + part * row : nullptr, at, first, count);
     });
     for (int64_t i = 0; i < static_cast<int64_t>(of_directions.size()); ++i) {
       store(mutable_data<T>(ddirections), i, of_directions[i]);

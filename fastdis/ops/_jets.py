@@ -116,6 +116,8 @@ class Layer(NamedTuple):
         return self._replace(weight=weight.to(self.weight.dtype), bias=bias.to(self.weight.dtype))
 
     def _call(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.function in _IMAGES and x.device.type == "cpu" and x.dtype != torch.float64:
+            x = x.contiguous(memory_format=torch.channels_last)  # transposed convolutions are up to thrice as fast so
         return self.function(x, self.weight, bias, *self.arguments, **self.options)
 
     def _apply(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -146,14 +148,16 @@ class _Activation(NamedTuple):
             if bias.shape[2:].numel() != channels or bias.shape[2:3].numel() != channels:  # not one for each channel
                 channels, bias = sample.numel(), bias.expand(1, 1, *sample)
             bias = bias.reshape(-1).to(rows.dtype)
-        by_channel = rows.movedim(2, -1) if len(sample) > 1 and channels == sample[0] and directions is None else rows
+        by_channel = rows.movedim(2, -1) if len(sample) > 1 and channels == sample[0] else rows
         channels_last = not rows.is_contiguous() and by_channel.is_contiguous()
-        if channels_last:
-            rows = by_channel.reshape(rows.shape[0], -1, channels)
-        else:
+        if not channels_last:
             rows = rows.reshape(rows.shape[0], batch, channels, sample.numel() // max(channels, 1))
-        if directions is not None:
-            directions = directions.reshape(directions.shape[0], *rows.shape[2:])
+            directions = None if directions is None else directions.reshape(directions.shape[0], *rows.shape[2:])
+        elif directions is None:
+            rows = by_channel.reshape(rows.shape[0], -1, channels)
+        else:  # there is no bias beside directions, so that channels do not matter
+            rows = by_channel.reshape(1, batch, -1)
+            directions = directions.movedim(2, -1).reshape(directions.shape[0], -1)
         output = tangent_activation(
             rows, directions, bias, activation=self.name, parameter=self.parameter, split=split, backend=self.backend
         )
@@ -408,6 +412,7 @@ def _flat(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 # Layers.
 
+_IMAGES = (F.conv2d, F.conv_transpose2d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 

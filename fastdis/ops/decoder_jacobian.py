@@ -46,7 +46,8 @@ def decoder_jacobian(decoder: Callable[[Tensor], Tensor], z: Tensor, *, backend:
     x : Tensor [B, *]
         ``decoder(z)``.
     jacobian : Tensor [B, K, *]
-        In the dtype of ``x``, as a transposed view of [K, B, *]; expanded over the batch where the decoder is affine.
+        In the dtype of ``x``, as a transposed view of [K, B, *], images channels-last on a CPU; expanded over the batch
+        where the decoder is affine.
         Both are differentiable in ``z`` and in everything that the decoder uses.
 
     Raises
@@ -69,7 +70,7 @@ def decoder_jacobian(decoder: Callable[[Tensor], Tensor], z: Tensor, *, backend:
     """
     x, tangents = _decode(decoder, z, backend).pair()
     _check_output(x, z)
-    return x, tangents.transpose(0, 1)
+    return x.contiguous(), tangents.transpose(0, 1)
 
 
 def decoder_isometry_penalty(
@@ -128,7 +129,7 @@ def decoder_isometry_penalty(
         return _folded_penalty(last, z, kind)
     x, tangents = jet.pair()
     _check_output(x, z)
-    return x, isometry_penalty(tangents.transpose(0, 1), kind, backend=backend)
+    return x.contiguous(), isometry_penalty(tangents.transpose(0, 1), kind, backend=backend)
 
 
 def _folding_pays(last: _jets.Layer, batch: int, latents: int) -> bool:

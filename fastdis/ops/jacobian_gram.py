@@ -64,7 +64,13 @@ def as_rows(jacobian: Tensor) -> Tensor:
     _checks.floating("jacobian", jacobian)
     if jacobian.dim() < 3:
         raise ValueError(f"jacobian has shape {list(jacobian.shape)}; [B, K, *], tangents by rows, is needed")
-    return jacobian if jacobian.dim() == 3 else jacobian.flatten(2)
+    if jacobian.dim() == 3:
+        return jacobian
+    if jacobian.dim() > 4 and jacobian.stride(2) == 1:
+        jacobian = jacobian.movedim(
+            2, -1
+        )  # channels-last images, in the order that they lie in: G does not depend on it
+    return jacobian.flatten(2)
 
 
 class _JacobianGram(torch.autograd.Function):

@@ -125,37 +125,34 @@ class _TangentActivation(torch.autograd.Function):
         activation, _, split, _ = ctx.options
         ctx.tangents = len(rows) - 1 if directions is None else len(directions)
         ctx.has_directions, ctx.has_bias = directions is not None, bias is not None
-        if activation < _PIECEWISE_LINEAR:
-            kept = output[0] if split else output
-            ctx.save_for_backward(kept)
-        else:
-            ctx.save_for_backward(*(t for t in (rows, directions, bias) if t is not None))
+        # A piecewise linear activation shows its slope in the output, which lives on as the next layer's input.
+        kept = rows if activation >= _PIECEWISE_LINEAR else output[0] if split else output
+        ctx.save_for_backward(kept, *(t for t in (directions, bias) if t is not None))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad = next((g for g in grads if g is not None), None)
-        if grad is None:
+        if all(g is None for g in grads):
             return (None,) * 7
         activation, parameter, split, backend = ctx.options
-        inputs = list(ctx.saved_tensors)
-        primal = None
+        rows, *optional = ctx.saved_tensors
+        statistics: tuple[Tensor, ...] = ()
         if activation < _PIECEWISE_LINEAR:
-            primal = inputs[0].unsqueeze(0) if split else inputs[0][:1]
-            shared = _autograd.stand_in((ctx.tangents, *primal.shape[2:]), primal)
-            rows = primal if ctx.has_directions else _autograd.stand_in((1 + ctx.tangents, *primal.shape[1:]), primal)
+            statistics = (rows.unsqueeze(0) if split else rows[:1],)
+            rows = statistics[0]
             if torch.is_grad_enabled() and not ctx.has_directions:
-                rows = torch.cat([primal, rows[1:]])
-            bias = _autograd.stand_in(primal.shape[2:3], primal)
-            inputs = [rows, *([shared] if ctx.has_directions else []), *([bias] if ctx.has_bias else [])]
+                # What the reference is differentiated at: tangents do not matter, only the slopes do.
+                rows = torch.cat([rows, rows.new_zeros(()).expand(ctx.tangents, *rows.shape[1:])])
+            if torch.is_grad_enabled() and ctx.has_bias:
+                optional[-1] = torch.zeros_like(optional[-1])
         options = (ctx.has_directions, ctx.has_bias, activation, parameter)
         gradients = iter(
             _autograd.backward(
-                partial(_gradients, *options, split, backend),
+                partial(_gradients, *options, split, backend, ctx.tangents),
                 partial(_reference, *options, split),
                 grads,
-                tuple(inputs),
-                () if primal is None else (primal,),
+                (rows, *optional),
+                statistics,
             )
         )
         present = (True, ctx.has_directions, ctx.has_bias)
@@ -168,20 +165,19 @@ def _named(has_directions: bool, has_bias: bool, optional: tuple[Tensor, ...]) -
 
 
 def _gradients(
-    has_directions: bool, has_bias: bool, activation: int, parameter: float, split: bool, backend: str, *tensors: Any
-) -> tuple[Tensor, ...]:
-    grads, tensors = tensors[: 1 + split], tensors[1 + split :]
+    has_directions: bool, has_bias: bool, activation: int, parameter: float, split: bool, backend: str, tangents: int,
+    *tensors: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    grads, inputs = tensors[: 1 + split], tensors[1 + split :]
     grad_primal, grad_tangents = grads if split else (grads[0][0], grads[0][1:])
-    if grad_tangents is None:
-        shape = (tensors[0 if not has_directions else 1].shape[0] - (not has_directions), *grad_primal.shape)
-        grad_tangents = _autograd.stand_in(shape, grad_primal)
-    count = has_directions + has_bias
-    directions, bias = _named(has_directions, has_bias, tensors[1 : 1 + count])
-    # Behind the inputs stands the output's primal, where that is what backward reads.
+    if grad_tangents is None and not has_directions and activation < _PIECEWISE_LINEAR:
+        grad_tangents = _autograd.stand_in((tangents, *grad_primal.shape), grad_primal)  # or nothing tells their number
+    directions, bias = _named(has_directions, has_bias, inputs[1 : 1 + has_directions + has_bias])
+    # The last of the tensors are the statistics: the output's primal where that is what backward reads.
+    saved = inputs[0] if activation >= _PIECEWISE_LINEAR else inputs[-1]
     drows, ddirections, dbias = _column.kernels[backend].backward(
-        grad_primal, grad_tangents, tensors[0] if len(tensors) == 1 + count else tensors[-1], directions, bias,
-        activation, parameter,
-    )  # fmt: skip
+        grad_primal, grad_tangents, saved, directions, bias, activation, parameter
+    )
     return (drows, *([ddirections] if has_directions else []), *([dbias] if has_bias else []))
 
 
