@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -148,20 +148,23 @@ class _DdimStep(torch.autograd.Function):
         grad = grad_x0 if grad_prev is None else grad_prev
         if grad is None:
             return (None,) * 9
-        saved = list(ctx.saved_tensors)
-        schedule, rest = saved[:3], saved[3:]
-        weights = [rest.pop(0)] if ctx.has_weights else []
+        alpha_bar, alpha_bar_prev, sigma, *rest = ctx.saved_tensors
+        schedule = (alpha_bar, alpha_bar_prev, sigma)
+        weights = rest.pop(0) if ctx.has_weights else None
+        if not torch.is_grad_enabled():
+            images = (*rest, None)[:4] if ctx.keeps_images else (None,) * 4
+            needs = ctx.needs_input_grad
+            return (*_gradients(ctx.backend, needs, ctx.shape, (grad_prev, grad_x0), schedule, weights, *images), None)
         if not ctx.keeps_images:
             image = _autograd.stand_in(grad.shape, grad)
             rest = [image, image, _autograd.stand_in(ctx.shape, grad), *([image] if ctx.has_eta else [])]
-        needs = (True,) * 8 if torch.is_grad_enabled() else tuple(ctx.needs_input_grad[:8])
         options = (ctx.has_weights, ctx.has_eta)
         gradients = list(
             _autograd.backward(
-                partial(_gradients, *options, ctx.backend, needs),
+                partial(_all_gradients, *options, ctx.backend, ctx.shape),
                 partial(_reference, *options),
                 (grad_prev, grad_x0),
-                (*rest[:3], *schedule, *weights, *rest[3:]),
+                (*rest[:3], *schedule, *([] if weights is None else [weights]), *rest[3:]),
             )
         )
         if not ctx.has_weights:
@@ -175,35 +178,43 @@ def _named(has_weights: bool, has_eta: bool, optional: tuple[Tensor, ...]) -> tu
 
 
 def _gradients(
-    has_weights: bool, has_eta: bool, backend: str, needs: tuple[bool, ...], grad_prev: Tensor | None,
+    backend: str, needs: Sequence[bool], shape: tuple[int, ...], grads: tuple[Tensor | None, Tensor | None],
+    schedule: tuple[Tensor, Tensor, Tensor], weights: Tensor | None, x: Tensor | None, noise: Tensor | None,
+    fields: Tensor | None, eta_noise: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the eight tensors in their order, those that are needed; images only where these depend on them."""
+    dx, dnoise, dtotal, deta = _column.kernels[backend].backward(
+        *grads, *schedule, needs[0], needs[1], needs[2] or needs[6], needs[7]
+    )
+    dfields = dweights = None
+    if weights is not None and (needs[2] or needs[6]):
+        one, kept = torch.ones_like(schedule[0]), fields if needs[6] else None
+        dfields, products = field_gradients(backend, dtotal, shape, kept, one, weights, needs[2])
+        dweights = weight_gradient(products, one, weights) if needs[6] else None
+    elif needs[2]:
+        dfields = dtotal.unsqueeze(1).expand(shape)
+    dschedule: tuple[Tensor | None, ...] = (None, None, None)
+    if any(needs[3:6]):
+        assert x is not None
+        assert noise is not None
+        assert fields is not None
+        dschedule = _schedule_gradients(*grads, x, noise, fields, schedule, weights, eta_noise)
+    return (
+        dx if needs[0] else None, dnoise if needs[1] else None, dfields, *dschedule, dweights,
+        deta if needs[7] else None,
+    )  # fmt: skip
+
+
+def _all_gradients(
+    has_weights: bool, has_eta: bool, backend: str, shape: tuple[int, ...], grad_prev: Tensor | None,
     grad_x0: Tensor | None, x: Tensor, noise: Tensor, fields: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor,
     sigma: Tensor, *optional: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     weights, eta_noise = _named(has_weights, has_eta, optional)
     schedule = (alpha_bar, alpha_bar_prev, sigma)
-    for_weights = needs[6] and weights is not None
-    for_eta = needs[7] and eta_noise is not None
-    dx, dnoise, dtotal, deta = _column.kernels[backend].backward(
-        grad_prev, grad_x0, *schedule, needs[0], needs[1], needs[2] or for_weights, for_eta
-    )
-    dfields = dweights = None
-    if weights is not None and (needs[2] or for_weights):
-        one, kept = torch.ones_like(alpha_bar), fields if for_weights else None
-        dfields, products = field_gradients(backend, dtotal, tuple(fields.shape), kept, one, weights, needs[2])
-        dweights = weight_gradient(products, one, weights) if for_weights else None
-    elif needs[2]:
-        dfields = dtotal.unsqueeze(1).expand(fields.shape)
-    dschedule = (
-        _schedule_gradients(grad_prev, grad_x0, x, noise, fields, schedule, weights, eta_noise)
-        if any(needs[3:6])
-        else (None,) * 3
-    )
-    gradients = [dx if needs[0] else None, dnoise if needs[1] else None, dfields, *dschedule]
-    if has_weights:
-        gradients.append(dweights)
-    if has_eta:
-        gradients.append(deta if for_eta else None)
-    return tuple(gradients)
+    needs = (*(True,) * 6, has_weights, has_eta)
+    gradients = _gradients(backend, needs, shape, (grad_prev, grad_x0), schedule, weights, x, noise, fields, eta_noise)
+    return tuple(g for g, there in zip(gradients, needs, strict=True) if there)
 
 
 def _schedule_gradients(

@@ -181,29 +181,44 @@ class _SumGradientFields(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coefficient, *rest = ctx.saved_tensors
-        weights = rest[:1] if ctx.weighted else []
-        fields = rest[-1] if ctx.keeps_fields else _autograd.stand_in(ctx.shape, grad)
-        needs = (True,) * 4 if torch.is_grad_enabled() else tuple(ctx.needs_input_grad[:4])
+        weights = rest[0] if ctx.weighted else None
+        fields = rest[-1] if ctx.keeps_fields else None
+        if not torch.is_grad_enabled():
+            needs = ctx.needs_input_grad
+            return (*_gradients(ctx.backend, needs, ctx.shape, grad, fields, coefficient, weights), None)
+        inputs = (grad, _autograd.stand_in(ctx.shape, grad) if fields is None else fields, coefficient)
         gradients = _autograd.backward(
-            partial(_gradients, ctx.backend, needs), _reference, (grad,), (grad, fields, coefficient, *weights)
+            partial(_all_gradients, ctx.backend, ctx.shape),
+            _reference,
+            (grad,),
+            inputs if weights is None else (*inputs, weights),
         )
         return (*gradients, *[None] * (5 - len(gradients)))
 
 
 def _gradients(
-    backend: str, needs: tuple[bool, ...], grad: Tensor, noise: Tensor, fields: Tensor, coefficient: Tensor,
-    weights: Tensor | None = None,
+    backend: str, needs: Sequence[bool], shape: tuple[int, ...], grad: Tensor, fields: Tensor | None,
+    coefficient: Tensor, weights: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of noise, fields, the coefficient and weights, those that are needed."""
     dfields = dcoefficient = dweights = None
-    by_products = needs[2] or (needs[3] and weights is not None)
+    by_products = needs[2] or needs[3]
     if needs[1] or by_products:
         kept = fields if by_products else None
-        dfields, products = field_gradients(backend, grad, tuple(fields.shape), kept, coefficient, weights, needs[1])
+        dfields, products = field_gradients(backend, grad, shape, kept, coefficient, weights, needs[1])
         if needs[2]:
             dcoefficient = (products if weights is None else products * weights).sum(1)
         if needs[3] and weights is not None:
             dweights = weight_gradient(products, coefficient, weights)
-    return (grad, dfields, dcoefficient, *([] if weights is None else [dweights]))
+    return grad, dfields, dcoefficient, dweights
+
+
+def _all_gradients(
+    backend: str, shape: tuple[int, ...], grad: Tensor, noise: Tensor, fields: Tensor, coefficient: Tensor,
+    weights: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    needs = (True, True, True, weights is not None)
+    return _gradients(backend, needs, shape, grad, fields, coefficient, weights)[: 3 if weights is None else 4]
 
 
 def _reference(noise: Tensor, fields: Tensor, coefficient: Tensor, weights: Tensor | None = None) -> Tensor:
