@@ -96,10 +96,12 @@ STABLE_TORCH_LIBRARY(fastdis, m) {
       "total_correlation_backward(Tensor grad, Tensor z, Tensor mean, Tensor logvar, Tensor log_joint, "
       "Tensor log_marginals, SymInt dataset_size, SymInt estimator) -> (Tensor, Tensor, Tensor)");
 
-  // mean, logvar of any shape, seed [S] int64 with S a divisor of their number of elements -> like mean.
-  m.def("reparameterize_forward(Tensor mean, Tensor logvar, Tensor seed) -> Tensor");
-  // -> dlogvar; dmean is grad itself.
-  m.def("reparameterize_backward(Tensor grad, Tensor logvar, Tensor seed) -> Tensor");
+  // mean, logvar of any shape, seed [S] int64 with S a divisor of their number of elements -> like mean; and the scaled
+  // noise, in the statistics dtype, if it is to be kept: only the CPU kernels do, who take longer to make it than to
+  // read it. Else it is empty.
+  m.def("reparameterize_forward(Tensor mean, Tensor logvar, Tensor seed, bool keep) -> (Tensor, Tensor)");
+  // -> dlogvar, from the noise kept, or where that is empty, made again; dmean is grad itself.
+  m.def("reparameterize_backward(Tensor grad, Tensor logvar, Tensor seed, Tensor kept) -> Tensor");
 
   // mean, logvar [B, K]; weights [K] in the statistics dtype; reduction: 0 none, 1 mean, 2 sum -> [B] or [].
   m.def("gaussian_kl_forward(Tensor mean, Tensor logvar, Tensor? weights, SymInt reduction) -> Tensor");

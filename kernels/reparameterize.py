@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device
+from fastdis.kernels import on_device, statistics_dtype
 from fastdis.kernels.gaussians import LARGE, exp
 
 _TURN = tl.constexpr(2 * math.pi)
 
 
-def forward(mean: Tensor, logvar: Tensor, seed: Tensor) -> Tensor:
+def forward(mean: Tensor, logvar: Tensor, seed: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """Compute ``mean + exp(logvar / 2) * noise``.
 
     Parameters
@@ -23,16 +23,19 @@ def forward(mean: Tensor, logvar: Tensor, seed: Tensor) -> Tensor:
     seed : Tensor [S] of int64
         The elements, in order, are cut into S runs of one length, one for each seed: see
         ``fastdis.reference.reparameterize`` for the noise that a seed stands for.
+    keep : bool
+        Of the CPU kernels; noise is never kept here.
 
     Returns
     -------
     Tensor
         Like mean.
+    kept : Tensor [0]
     """
-    return _draw(mean, logvar, seed, backward=False)
+    return _draw(mean, logvar, seed, backward=False), mean.new_empty((0,), dtype=statistics_dtype(mean))
 
 
-def backward(grad: Tensor, logvar: Tensor, seed: Tensor) -> Tensor:
+def backward(grad: Tensor, logvar: Tensor, seed: Tensor, kept: Tensor) -> Tensor:
     """Gradient of :func:`forward` in logvar, ``grad * noise * exp(logvar / 2) / 2``; that in mean is grad itself."""
     return _draw(grad, logvar, seed, backward=True)
 

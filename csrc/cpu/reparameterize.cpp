@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
+#include <vector>
 
 #include "../core/tensor.h"
 
@@ -13,29 +15,49 @@ namespace {
 constexpr int64_t counters = 64;         // Philox counters handled at a time
 constexpr int64_t block = 4 * counters;  // elements that they give
 
+// The product of the low halves of 64-bit lanes, for which compilers find no instruction by themselves.
+template <class Isa, class Lanes>
+FASTDIS_INLINE Lanes multiply_low(Lanes a, Lanes b) {
+#if FASTDIS_MULTIVERSIONED
+  if constexpr (Isa::vector_bytes > 16) {
+    Lanes product;
+    asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(a), "v"(b));
+    return product;
+  }
+#endif
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+}
+
 // Words of Philox4x32-10 (Salmon et al., 2011) for consecutive counters under one key.
 struct Words {
   uint32_t word[4][counters];
 
+  // Words in 64-bit lanes: of each only the low half counts.
+  template <class Isa, class Word = uint64_t, class Half = uint32_t>  // names that vector types can depend on
   FASTDIS_INLINE void fill(uint64_t key, uint64_t first) {
-#pragma omp simd
-    for (int64_t i = 0; i < counters; ++i) {
-      const uint64_t counter = first + static_cast<uint64_t>(i);
-      uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+    typedef Word Lanes __attribute__((vector_size(Isa::vector_bytes)));
+    typedef Half Halves __attribute__((vector_size(Isa::vector_bytes / 2), aligned(4), may_alias));
+    constexpr int lanes = Isa::vector_bytes / sizeof(uint64_t);
+    Lanes offset;
+    for (int lane = 0; lane < lanes; ++lane) offset[lane] = lane;
+    const Lanes m0 = Lanes{} + 0xD2511F53u, m1 = Lanes{} + 0xCD9E8D57u;
+    for (int64_t i = 0; i < counters; i += lanes) {
+      const Lanes counter = offset + (first + static_cast<uint64_t>(i));
+      Lanes c0 = counter, c1 = counter >> 32, c2 = Lanes{}, c3 = Lanes{};
       uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
       for (int round = 0; round < 10; ++round) {
-        const uint64_t p0 = uint64_t{c0} * 0xD2511F53u, p1 = uint64_t{c2} * 0xCD9E8D57u;
-        c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-        c1 = static_cast<uint32_t>(p1);
-        c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-        c3 = static_cast<uint32_t>(p0);
+        const Lanes p0 = multiply_low<Isa>(c0, m0), p1 = multiply_low<Isa>(c2, m1);
+        c0 = (p1 >> 32) ^ c1 ^ k0;
+        c1 = p1;
+        c2 = (p0 >> 32) ^ c3 ^ k1;
+        c3 = p0;
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
       }
-      word[0][i] = c0;
-      word[1][i] = c1;
-      word[2][i] = c2;
-      word[3][i] = c3;
+      *reinterpret_cast<Halves*>(word[0] + i) = __builtin_convertvector(c0, Halves);
+      *reinterpret_cast<Halves*>(word[1] + i) = __builtin_convertvector(c1, Halves);
+      *reinterpret_cast<Halves*>(word[2] + i) = __builtin_convertvector(c2, Halves);
+      *reinterpret_cast<Halves*>(word[3] + i) = __builtin_convertvector(c3, Halves);
     }
   }
 };
@@ -74,10 +96,10 @@ inline void box_muller(uint32_t a, uint32_t b, double& cosine, double& sine) {
 }
 
 // The noise of `block` elements from counter `first` on, in their order.
-template <class A>
+template <class Isa, class A>
 FASTDIS_INLINE void fill_noise(uint64_t key, uint64_t first, A* noise) {
   Words words;
-  words.fill(key, first);
+  words.fill<Isa>(key, first);
   A normal[4][counters];
   for (int pair = 0; pair < 4; pair += 2) {
 #pragma omp simd
@@ -91,81 +113,102 @@ FASTDIS_INLINE void fill_noise(uint64_t key, uint64_t first, A* noise) {
   }
 }
 
-// to = mean + exp(logvar / 2) noise for elements first to last of a run; first is a multiple of the block.
-template <class T>
+// Elements first to last of a run; first is a multiple of the block. Forward, from = mean: to = mean + exp(logvar / 2)
+// noise, and unless it is null kept = exp(logvar / 2) noise. Backward, from = grad: to = grad exp(logvar / 2) noise
+// / 2.
+template <class T, bool backward>
 struct Draw {
   template <class Isa>
-  static FASTDIS_INLINE void run(const T* mean, const T* logvar, T* to, uint64_t key, int64_t first, int64_t last) {
+  static FASTDIS_INLINE void run(const T* from, const T* logvar, T* to, accumulate_t<T>* kept, uint64_t key,
+                                 int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     A noise[block];
     for (; first < last; first += block) {
-      fill_noise(key, static_cast<uint64_t>(first / 4), noise);
+      fill_noise<Isa>(key, static_cast<uint64_t>(first / 4), noise);
       const int64_t count = std::min(block, last - first);
 #pragma omp simd
+      for (int64_t i = 0; i < count; ++i) noise[i] *= exponential(A(0.5) * load(logvar + first, i));
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
-        store(to + first, i, load(mean + first, i) + exponential(A(0.5) * load(logvar + first, i)) * noise[i]);
+        const A x = load(from + first, i);
+        store(to + first, i, backward ? A(0.5) * x * noise[i] : x + noise[i]);
       }
+      if (kept != nullptr) std::copy_n(noise, count, kept + first);
     }
   }
 };
 
-// dlogvar = grad exp(logvar / 2) noise / 2
+// dlogvar = grad kept / 2
 template <class T>
-struct DrawBackward {
+struct FromKept {
   template <class Isa>
-  static FASTDIS_INLINE void run(const T* grad, const T* logvar, T* to, uint64_t key, int64_t first, int64_t last) {
-    using A = accumulate_t<T>;
-    A noise[block];
-    for (; first < last; first += block) {
-      fill_noise(key, static_cast<uint64_t>(first / 4), noise);
-      const int64_t count = std::min(block, last - first);
+  static FASTDIS_INLINE void run(const T* grad, const accumulate_t<T>* kept, T* to, int64_t first, int64_t last) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        const A deviation = exponential(A(0.5) * load(logvar + first, i));
-        store(to + first, i, A(0.5) * load(grad + first, i) * (deviation * noise[i]));
-      }
-    }
+    for (int64_t i = first; i < last; ++i) store(to, i, accumulate_t<T>(0.5) * load(grad, i) * kept[i]);
   }
 };
 
-// A tensor like `first`, filled by the kernel from it and logvar, each seed's run in blocks that keep to their
-// counters.
-template <template <class> class Kernel>
-Tensor draw(const Tensor& first, const char* name, const Tensor& logvar, const Tensor& seed) {
+std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+// A tensor like `first` made of it, logvar and noise, each seed's run in blocks that keep to their counters.
+template <bool backward, class T>
+Tensor draw(const Tensor& first, const Tensor& logvar, const Tensor& seed, accumulate_t<T>* kept) {
+  const Tensor a = make_contiguous(first), v = make_contiguous(logvar), keys = make_contiguous(seed);
+  Tensor result = empty(first, sizes_of(first), first.scalar_type());
+  const int64_t runs = seed.numel(), total = first.numel(), run = total / runs, blocks = (run + block - 1) / block;
+  const auto fill = [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // as many blocks at a time as one run has
+      const int64_t r = begin / blocks, stop = std::min(end, (r + 1) * blocks), at = r * run;
+      multiversion<Draw<T, backward>>(data<T>(a) + at, data<T>(v) + at, mutable_data<T>(result) + at,
+                                      kept == nullptr ? nullptr : kept + at,
+                                      static_cast<uint64_t>(data<int64_t>(keys)[r]), (begin - r * blocks) * block,
+                                      std::min(run, (stop - r * blocks) * block));
+      begin = stop;
+    }
+  };
+  if (total < serial_elements / 4) {  // an element costs more than reading one
+    fill(0, runs * blocks);
+  } else {
+    torch::stable::parallel_for(0, runs * blocks, 16, fill);
+  }
+  return result;
+}
+
+void check(const Tensor& first, const char* name, const Tensor& logvar, const Tensor& seed) {
   check_same_dtype(logvar, "logvar", first.scalar_type());
   check_same_dtype(seed, "seed", ScalarType::Long);
-  const Tensor a = make_contiguous(first), v = make_contiguous(logvar), keys = make_contiguous(seed);
   const int64_t runs = seed.numel(), total = first.numel();
   STD_TORCH_CHECK(runs > 0 && total % runs == 0, "seed has ", runs, " elements; a divisor of the ", total,
                   " elements of ", name, " is needed");
-  return dispatch_floating(first, name, [&]<class T>() {
-    const std::vector<int64_t> sizes(first.sizes().begin(), first.sizes().end());
-    Tensor result = empty(first, sizes, first.scalar_type());
-    const int64_t run = total / runs, blocks = (run + block - 1) / block;
-    const auto fill = [&](int64_t begin, int64_t end) {
-      while (begin < end) {  // as many blocks at a time as one run has
-        const int64_t r = begin / blocks, stop = std::min(end, (r + 1) * blocks), at = r * run;
-        multiversion<Kernel<T>>(data<T>(a) + at, data<T>(v) + at, mutable_data<T>(result) + at,
-                                static_cast<uint64_t>(data<int64_t>(keys)[r]), (begin - r * blocks) * block,
-                                std::min(run, (stop - r * blocks) * block));
-        begin = stop;
-      }
-    };
-    if (total < serial_elements / 4) {  // an element costs more than reading one
-      fill(0, runs * blocks);
-    } else {
-      torch::stable::parallel_for(0, runs * blocks, 16, fill);
-    }
-    return result;
+}
+
+std::tuple<Tensor, Tensor> reparameterize_forward(const Tensor& mean, const Tensor& logvar, const Tensor& seed,
+                                                  bool keep) {
+  check(mean, "mean", logvar, seed);
+  return dispatch_floating(mean, "mean", [&]<class T>() -> std::tuple<Tensor, Tensor> {
+    using A = accumulate_t<T>;
+    Tensor kept = empty(mean, keep ? sizes_of(mean) : std::vector<int64_t>{0}, scalar_type_of<A>());
+    return {draw<false, T>(mean, logvar, seed, keep ? mutable_data<A>(kept) : nullptr), kept};
   });
 }
 
-Tensor reparameterize_forward(const Tensor& mean, const Tensor& logvar, const Tensor& seed) {
-  return draw<Draw>(mean, "mean", logvar, seed);
-}
-
-Tensor reparameterize_backward(const Tensor& grad, const Tensor& logvar, const Tensor& seed) {
-  return draw<DrawBackward>(grad, "grad", logvar, seed);
+Tensor reparameterize_backward(const Tensor& grad, const Tensor& logvar, const Tensor& seed, const Tensor& kept) {
+  check(grad, "grad", logvar, seed);
+  return dispatch_floating(grad, "grad", [&]<class T>() {
+    using A = accumulate_t<T>;
+    if (kept.numel() != grad.numel()) return draw<true, T>(grad, logvar, seed, nullptr);
+    const Tensor g = make_contiguous(grad), noise = make_contiguous(kept);
+    Tensor result = empty(grad, sizes_of(grad), grad.scalar_type());
+    const auto run = [&](int64_t first, int64_t last) {
+      multiversion<FromKept<T>>(data<T>(g), data<A>(noise), mutable_data<T>(result), first, last);
+    };
+    if (grad.numel() < 4 * serial_elements) {
+      run(0, grad.numel());
+    } else {
+      torch::stable::parallel_for(0, grad.numel(), serial_elements, run);
+    }
+    return result;
+  });
 }
 
 }  // namespace

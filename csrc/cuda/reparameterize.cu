@@ -127,11 +127,14 @@ Tensor run_cuda(const Tensor& operand_, const Tensor& logvar_, const Tensor& see
   return out;
 }
 
-Tensor forward_cuda(const Tensor& mean, const Tensor& logvar, const Tensor& seed) {
-  return run_cuda<false>(mean, logvar, seed);
+// Noise is never kept: to make it again takes a GPU less time than to read it.
+std::tuple<Tensor, Tensor> forward_cuda(const Tensor& mean, const Tensor& logvar, const Tensor& seed, bool) {
+  const int64_t none = 0;
+  return {run_cuda<false>(mean, logvar, seed),
+          torch::stable::new_empty(mean, {&none, 1}, accumulate_dtype(mean.scalar_type()))};
 }
 
-Tensor backward_cuda(const Tensor& grad, const Tensor& logvar, const Tensor& seed) {
+Tensor backward_cuda(const Tensor& grad, const Tensor& logvar, const Tensor& seed, const Tensor&) {
   return run_cuda<true>(grad, logvar, seed);
 }
 

@@ -22,8 +22,8 @@ def reparameterize(
 
     Kingma and Welling (2014), eq. 10. The noise is Philox4x32-10 (Salmon et al., 2011) through Box and Muller: a
     function of a seed, which is drawn from the generator, and of the element's position. So a generator's seed gives
-    the same draw whatever the number of threads and, to rounding, the backend and the dtype; and backward makes the
-    noise again instead of keeping it.
+    the same draw whatever the number of threads and, to rounding, the backend and the dtype. On a GPU backward makes
+    the noise again; on a CPU, where that takes longer than to read it, it is kept if ``logvar`` needs a gradient.
 
     Parameters
     ----------
@@ -71,7 +71,8 @@ def reparameterize(
     chosen = _column.choose(backend, mean.device.type)
     if chosen == "reference":
         return reference.reparameterize(mean, logvar, seed)
-    return _Reparameterize.apply(mean, logvar, seed, chosen)
+    keep = chosen == "cpu" and torch.is_grad_enabled() and logvar.requires_grad
+    return _Reparameterize.apply(mean, logvar, seed, keep, chosen)[0]
 
 
 class _Reparameterize(torch.autograd.Function):
@@ -79,49 +80,65 @@ class _Reparameterize(torch.autograd.Function):
 
     @staticmethod
     @_autograd.positional
-    def forward(mean: Tensor, logvar: Tensor, seed: Tensor, backend: str) -> Tensor:
-        return _column.kernels[backend].forward(mean, logvar, seed)
+    def forward(mean: Tensor, logvar: Tensor, seed: Tensor, keep: bool, backend: str) -> tuple[Tensor, Tensor]:
+        return _column.kernels[backend].forward(mean, logvar, seed, keep)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, logvar, seed, ctx.backend = inputs
-        ctx.save_for_backward(logvar, seed)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, logvar, seed, _, ctx.backend = inputs
+        ctx.save_for_backward(logvar, seed, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logvar, seed = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and not torch.is_grad_enabled():
-            return grad, None, None, None
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        logvar, seed, kept = ctx.saved_tensors
+        if grad is None or (not ctx.needs_input_grad[1] and not torch.is_grad_enabled()):
+            return grad, None, None, None, None
         gradients = _autograd.backward(
             partial(_gradients, ctx.backend), partial(_reference, seed), (grad,),
-            (_autograd.stand_in(logvar.shape, logvar), logvar), (seed,),
+            (_autograd.stand_in(logvar.shape, logvar), logvar), (seed, kept),
         )  # fmt: skip
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
 
 
-def _gradients(backend: str, grad: Tensor, mean: Tensor, logvar: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    return grad, _column.kernels[backend].backward(grad, logvar, seed)
+def _gradients(
+    backend: str, grad: Tensor, mean: Tensor, logvar: Tensor, seed: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    return grad, _column.kernels[backend].backward(grad, logvar, seed, kept)
 
 
 def _reference(seed: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     return reference.reparameterize(mean, logvar, seed)
 
 
-def _forward_fake(mean: Tensor, logvar: Tensor, seed: Tensor) -> Tensor:
-    return mean.new_empty(mean.shape)
+def _forward_fake(mean: Tensor, logvar: Tensor, seed: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    kept = mean.new_empty(mean.shape if keep else (0,), dtype=_checks.statistics_dtype(mean.dtype))
+    return mean.new_empty(mean.shape), kept
 
 
-def _backward_fake(grad: Tensor, logvar: Tensor, seed: Tensor) -> Tensor:
+def _backward_fake(grad: Tensor, logvar: Tensor, seed: Tensor, kept: Tensor) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
-def _vmap(op: Any) -> Callable[..., Any]:
-    """Each map's elements become runs of their own, with the map's seeds."""
+def _runs(size: int, in_dims: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Each map's elements as runs of their own, with the map's seeds."""
+    first, logvar, seed = (_batching.in_front(size, d, t) for d, t in zip(in_dims, tensors, strict=False))
+    return first, logvar, seed.reshape(-1)
 
-    def rule(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
-        in_front = (_batching.in_front(info.batch_size, d, t) for d, t in zip(in_dims, tensors, strict=True))
-        first, logvar, seed = in_front
-        return op(first, logvar, seed.reshape(-1)), 0
+
+def _forward_vmap(op: Any) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        z, kept = op(*_runs(info.batch_size, in_dims, arguments[:3]), arguments[3])
+        return (z, kept if arguments[3] else kept.new_empty((info.batch_size, 0))), (0, 0)
+
+    return rule
+
+
+def _backward_vmap(op: Any) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        kept = _batching.in_front(info.batch_size, in_dims[3], arguments[3])
+        return op(*_runs(info.batch_size, in_dims, arguments[:3]), kept if kept.numel() else kept.flatten()), 0
 
     return rule
 
@@ -130,6 +147,6 @@ _column = _backends.register(
     "reparameterize",
     forward_fake=_forward_fake,
     backward_fake=_backward_fake,
-    forward_vmap=_vmap,
-    backward_vmap=_vmap,
+    forward_vmap=_forward_vmap,
+    backward_vmap=_backward_vmap,
 )
