@@ -40,7 +40,7 @@ template <class T>
 struct Products {
   template <class Isa>
   static FASTDIS_INLINE void run(const T* grad, const T* fields, double* products, int64_t factors, int64_t size) {
-    constexpr int64_t shorter = 256;
+    constexpr int64_t shorter = 64;
     std::fill_n(products, factors, 0.0);
     for (int64_t first = 0; first < size; first += shorter) {
       const int64_t last = std::min(first + shorter, size);

@@ -33,6 +33,7 @@ class Sample:
     empty: bool = False
     gradcheck: bool = True  # smooth at this point and small
     slow_in_interpreter: bool = False  # there, only its values and gradients are checked
+    interpreted: bool = True  # not too slow even for that
 
     def floating(self) -> dict[str, Tensor]:
         return {name: t for name, t in self.tensors.items() if t.is_floating_point()}
@@ -107,8 +108,9 @@ class ColumnSuite:
         names = metafunc.fixturenames
         if "sample" in names:
             samples = cls.samples()
-            if INTERPRETED and "values" not in metafunc.function.__name__:
-                samples = [s for s in samples if not s.slow_in_interpreter]
+            if INTERPRETED:
+                values = "values" in metafunc.function.__name__
+                samples = [s for s in samples if s.interpreted and (values or not s.slow_in_interpreter)]
             if "gradcheck" in metafunc.function.__name__:
                 samples = [s for s in samples if s.gradcheck and not s.empty]
             elif "empty" not in metafunc.function.__name__ and "values" not in metafunc.function.__name__:
