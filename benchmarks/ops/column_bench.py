@@ -24,7 +24,7 @@ from torch import Tensor
 from fastdis.ops import _backends
 
 ROUND_SECONDS = 2e-3  # a shorter call is repeated within a round until it takes this long
-BUDGET_SECONDS = {"quick": 1.5, "full": 3.0}  # for the rounds of one case and pass
+BUDGET_SECONDS = {"quick": 1.5, "full": 2.0}  # for the rounds of one case and pass
 ROUNDS = (9, 101)  # fewest and most
 SLOW_SECONDS, SLOW_ROUNDS = 0.5, 3  # a call that takes this long is warm enough, and timed this often
 
