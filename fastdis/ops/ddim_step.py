@@ -158,18 +158,21 @@ class _DdimStep(torch.autograd.Function):
         if not ctx.keeps_images:
             image = _autograd.stand_in(grad.shape, grad)
             rest = [image, image, _autograd.stand_in(ctx.shape, grad), *([image] if ctx.has_eta else [])]
+        # Where the schedule needs no gradient it is a constant to the second derivatives as well: at the last step,
+        # with alpha_bar_prev = 1, the derivative by it is infinite.
+        fixed = () if any(ctx.needs_input_grad[3:6]) else schedule
         options = (ctx.has_weights, ctx.has_eta)
-        gradients = list(
+        gradients = iter(
             _autograd.backward(
-                partial(_all_gradients, *options, ctx.backend, ctx.shape),
-                partial(_reference, *options),
+                partial(_all_gradients, *options, bool(fixed), ctx.backend, ctx.shape),
+                partial(_reference, *options, fixed),
                 (grad_prev, grad_x0),
-                (*rest[:3], *schedule, *([] if weights is None else [weights]), *rest[3:]),
+                (*rest[:3], *(() if fixed else schedule), *([] if weights is None else [weights]), *rest[3:]),
+                fixed,
             )
         )
-        if not ctx.has_weights:
-            gradients.insert(6, None)
-        return (*gradients, *[None] * (9 - len(gradients)))
+        present = (*(True,) * 3, *(not fixed,) * 3, *options)
+        return (*(next(gradients) if there else None for there in present), None)
 
 
 def _named(has_weights: bool, has_eta: bool, optional: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
@@ -179,7 +182,7 @@ def _named(has_weights: bool, has_eta: bool, optional: tuple[Tensor, ...]) -> tu
 
 def _gradients(
     backend: str, needs: Sequence[bool], shape: tuple[int, ...], grads: tuple[Tensor | None, Tensor | None],
-    schedule: tuple[Tensor, Tensor, Tensor], weights: Tensor | None, x: Tensor | None, noise: Tensor | None,
+    schedule: tuple[Tensor, ...], weights: Tensor | None, x: Tensor | None, noise: Tensor | None,
     fields: Tensor | None, eta_noise: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the eight tensors in their order, those that are needed; images only where these depend on them."""
@@ -206,13 +209,12 @@ def _gradients(
 
 
 def _all_gradients(
-    has_weights: bool, has_eta: bool, backend: str, shape: tuple[int, ...], grad_prev: Tensor | None,
-    grad_x0: Tensor | None, x: Tensor, noise: Tensor, fields: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor,
-    sigma: Tensor, *optional: Tensor,
+    has_weights: bool, has_eta: bool, fixed: bool, backend: str, shape: tuple[int, ...], grad_prev: Tensor | None,
+    grad_x0: Tensor | None, x: Tensor, noise: Tensor, fields: Tensor, *rest: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    schedule, optional = (rest[-3:], rest[:-3]) if fixed else (rest[:3], rest[3:])
     weights, eta_noise = _named(has_weights, has_eta, optional)
-    schedule = (alpha_bar, alpha_bar_prev, sigma)
-    needs = (*(True,) * 6, has_weights, has_eta)
+    needs = (*(True,) * 3, *(not fixed,) * 3, has_weights, has_eta)
     gradients = _gradients(backend, needs, shape, (grad_prev, grad_x0), schedule, weights, x, noise, fields, eta_noise)
     return tuple(g for g, there in zip(gradients, needs, strict=True) if there)
 
@@ -247,9 +249,9 @@ def _schedule_gradients(
 
 
 def _reference(
-    has_weights: bool, has_eta: bool, x: Tensor, noise: Tensor, fields: Tensor, alpha_bar: Tensor,
-    alpha_bar_prev: Tensor, sigma: Tensor, *optional: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    has_weights: bool, has_eta: bool, fixed: tuple[Tensor, ...], x: Tensor, noise: Tensor, fields: Tensor, *rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    (alpha_bar, alpha_bar_prev, sigma), optional = (fixed, rest) if fixed else (rest[:3], rest[3:])
     weights, eta_noise = _named(has_weights, has_eta, optional)
     return reference.ddim_step(
         x, noise, fields, alpha_bar, alpha_bar_prev, weights=weights, sigma=sigma, eta_noise=eta_noise

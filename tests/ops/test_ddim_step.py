@@ -75,6 +75,20 @@ def test_one_output_alone_may_be_differentiated():
             torch.testing.assert_close(a, b)
 
 
+def test_second_derivatives_at_the_last_step_are_finite():
+    """There the derivative by alpha_bar_prev, which nobody asks for, is infinite."""
+    images = [draw(2, 5), draw(2, 5, seed=1), draw(2, 3, 5, seed=2)]
+
+    def second(op):
+        leaves = [t.clone().requires_grad_() for t in images]
+        grads = [torch.ones(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        first = torch.autograd.grad(list(op(*leaves, 0.9, 1.0)), leaves, grads, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), grads)
+
+    for ours, exact in zip(second(fastdis.ddim_step), second(reference.ddim_step), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
 def test_the_largest_sigma_leaves_nothing_under_the_root():
     x, noise, fields = torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 3, 5)
     x_prev, _ = fastdis.ddim_step(x, noise, fields, 0.5, 0.7, sigma=0.3**0.5, eta_noise=noise)
