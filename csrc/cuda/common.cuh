@@ -264,4 +264,26 @@ T* output(const Tensor& tensor) {
 
 #endif  // FASTDIS_HOST_EMULATION
 
+// ---------------------------------------------------------------------------------------------- split sums
+
+inline constexpr int kSumThreads = 256;
+
+// out[i] = the sum of partial[split][i], always in the same order.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_splits(const Accumulate<T>* partial, T* out, int64_t splits, int64_t size) {
+  const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
+  if (i >= size) return;
+  Accumulate<T> sum = 0;
+#pragma unroll 4
+  for (int64_t split = 0; split < splits; ++split) sum += partial[split * size + i];
+  out[i] = narrow<T>(sum);
+}
+
+template <typename T>
+void launch_sum_splits(const char* name, const Accumulate<T>* partial, T* out, int64_t splits, int64_t size,
+                       cudaStream_t stream) {
+  launch(name, sum_splits<T>, ceil_div(size, kSumThreads), kSumThreads, 0, stream, partial, out, splits, size);
+}
+
 }  // namespace fastdis

@@ -269,16 +269,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <typename A>
-__global__ void __launch_bounds__(kThreads) sum_splits(const A* partial, A* out, int64_t splits, int64_t size) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= size) return;
-  A sum = 0;
-#pragma unroll 4
-  for (int64_t split = 0; split < splits; ++split) sum += partial[split * size + i];
-  out[i] = sum;
-}
-
 // G into `gram` [batch, rows, rows]; `scratch` has plan.scratch elements.
 template <typename T>
 void launch_gram(const T* jacobian, const Layout& l, const Plan& plan, Accumulate<T>* gram, Accumulate<T>* scratch,
@@ -296,9 +286,7 @@ void launch_gram(const T* jacobian, const Layout& l, const Plan& plan, Accumulat
     launch("jacobian_gram", kernel, blocks, kThreads, 0, stream, jacobian, l, plan, target);
   }
   if (plan.splits > 1) {
-    const int64_t size = l.batch * l.rows * l.rows;
-    launch("jacobian_gram sum", sum_splits<A>, ceil_div(size, kThreads), kThreads, 0, stream, scratch, gram,
-           plan.splits, size);
+    launch_sum_splits("jacobian_gram sum", scratch, gram, plan.splits, l.batch * l.rows * l.rows, stream);
   }
 }
 

@@ -451,16 +451,6 @@ __global__ void __launch_bounds__(kThreads, Weights::kNeedsScores ? kScoringBloc
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sum_partials(const Accumulate<T>* partial, T* out, int64_t splits, int64_t size) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= size) return;
-  Accumulate<T> sum = 0;
-  for (int64_t split = 0; split < splits; ++split) sum += partial[split * size + i];
-  out[i] = narrow<T>(sum);
-}
-
 template <bool kRowsAreQueries, typename T, typename Weights>
 void launch_pull(const Episodes<T>& e, const Weights& weights, T* out, Accumulate<T>* scratch, const Device& device,
                  cudaStream_t stream) {
@@ -471,9 +461,7 @@ void launch_pull(const Episodes<T>& e, const Weights& weights, T* out, Accumulat
   launch("prototypes pull", pull<T, kRowsAreQueries, Weights>, e.episodes * plan.row_tiles * plan.splits * plan.slices,
          kThreads, 0, stream, e, weights, plan, out, partial);
   if (partial != nullptr) {
-    const int64_t size = e.episodes * rows * e.depth;
-    launch("prototypes sum_partials", sum_partials<T>, ceil_div(size, kThreads), kThreads, 0, stream, partial, out,
-           plan.splits, size);
+    launch_sum_splits("prototypes sum", partial, out, plan.splits, e.episodes * rows * e.depth, stream);
   }
 }
 
