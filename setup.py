@@ -64,7 +64,8 @@ def extension():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         architectures = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
 
-    sources = [*root.glob("csrc/*.cpp"), *root.glob("csrc/cpu/*.cpp"), *(root.glob("csrc/cuda/*.cu") if cuda else ())]
+    folders = ["csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/host/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])]
+    sources = [path for pattern in folders for path in root.glob(pattern)]
     headers = [*root.glob("csrc/**/*.h"), *root.glob("csrc/**/*.cuh")]
     macros = [
         ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # the stable ABI of torch 2.11, and of every later torch
@@ -77,7 +78,7 @@ def extension():
         macros.append(("USE_CUDA", None))
     # No -ffast-math: it would reach the whole process through the linker, and lose NaN and Inf.
     host = ["-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-            "-fopenmp-simd"]  # fmt: skip
+            "-fopenmp-simd", "-pthread"]  # fmt: skip
     host += ["-O1", "-g", "-Wall", "-Werror", "-Wno-psabi"] if DEBUG else ["-O2", "-g0", "-Wno-psabi"]
     device = ["-std=c++20", *(["-O1", "-g", "-lineinfo"] if DEBUG else ["-O3"])]
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
@@ -87,6 +88,7 @@ def extension():
         depends=sorted(str(path.relative_to(root)) for path in headers),
         define_macros=macros,
         extra_compile_args={"cxx": host, "nvcc": device},
+        extra_link_args=["-pthread"],
     )
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from fastdis.cli.progress import drawing_bar
 from fastdis.data import load_dsprites, make_dsprites
+from fastdis.data.progress import progress_bar
 
 
 @click.group()
@@ -39,6 +39,6 @@ def dsprites(
     if path.exists() and not overwrite:
         raise click.UsageError(f"{path} is there already; name another file, or give --overwrite")
     counts = {"shapes": shapes, "scales": scales, "orientations": orientations, "x": x, "y": y}
-    with drawing_bar("drawing") as bar:
+    with progress_bar("drawing") as bar:
         make_dsprites(path, size=int(size), compress=compress, progress=bar, **counts)
     click.echo(f"{path}: {load_dsprites(path)}")

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from fastdis.cli.evaluate import measure
 from fastdis.cli.figures import draw_losses, draw_traversal, traversal_grid
-from fastdis.cli.progress import drawing_bar, training_bar
+from fastdis.cli.progress import training_bar
 from fastdis.data import load, make_dsprites
 from fastdis.data.atomic import atomic_path
+from fastdis.data.progress import progress_bar
 from fastdis.models import ProtoVAE
 from fastdis.training import Trainer
 
@@ -41,7 +42,7 @@ def demo(out: Path, steps: int, seed: int) -> None:
     if out.exists() and not out.is_dir():
         raise click.BadParameter(f"{out} is a file, and a folder was to be made there", param_hint="--out")
     sprites = out / "sprites.npz"
-    with drawing_bar("drawing ") as bar:
+    with progress_bar("drawing ") as bar:
         make_dsprites(sprites, size=32, progress=bar, **GRID)  # type: ignore[arg-type]
     dataset = load(sprites)
 

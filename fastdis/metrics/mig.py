@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from fastdis.metrics._inputs import as_codes, as_factors
+from fastdis.metrics.result import Result
 
 
 @dataclass(frozen=True, eq=False)
-class MIGResult:
+class MIGResult(Result):
     """What :func:`mig` found.
 
     Attributes
@@ -26,19 +27,9 @@ class MIGResult:
         Per factor, how far the most informative code leads the next, as a share of the factor's entropy.
     """
 
-    score: float
     mutual_information: np.ndarray
     entropy: np.ndarray
     gaps: np.ndarray
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the same as plain numbers and lists, ready for JSON."""
-        return {
-            "score": self.score,
-            "mutual_information": self.mutual_information.tolist(),
-            "entropy": self.entropy.tolist(),
-            "gaps": self.gaps.tolist(),
-        }
 
 
 def mig(codes: np.ndarray | Tensor, factors: np.ndarray | Tensor, *, bins: int = 20) -> MIGResult:
@@ -86,8 +77,8 @@ def mig(codes: np.ndarray | Tensor, factors: np.ndarray | Tensor, *, bins: int =
     .. [2] F. Locatello et al. Challenging Common Assumptions in the Unsupervised Learning of Disentangled
        Representations. ICML 2019.
     """
-    codes_ = _as_codes(codes)
-    factors_ = _as_factors(factors, len(codes_))
+    codes_ = as_codes(codes)
+    factors_ = as_factors(factors, len(codes_))
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     n, d = codes_.shape
@@ -98,8 +89,6 @@ def mig(codes: np.ndarray | Tensor, factors: np.ndarray | Tensor, *, bins: int =
     entropy = np.empty(K)
     for k in range(K):
         values, classes = np.unique(factors_[:, k], return_inverse=True)
-        if len(values) < 2:
-            raise ValueError(f"factors column {k} never varies: leave it out, there is nothing to tell about it")
         # One histogram of all codes against this factor; the cells of code j start at j * bins * len(values).
         cells = (np.arange(d) * bins + binned) * len(values) + classes.reshape(n, 1)
         counts = np.bincount(cells.ravel(), minlength=d * bins * len(values)).reshape(d, bins, len(values))
@@ -131,33 +120,3 @@ def _mutual_information(counts: np.ndarray) -> np.ndarray:
     ratio = np.divide(counts * n, independent, out=np.ones(counts.shape), where=counts > 0)
     # It is never negative; what rounding leaves below 0 is not information.
     return np.maximum(np.sum(counts / n * np.log(ratio), axis=(1, 2)), 0.0)
-
-
-def _as_codes(codes: np.ndarray | Tensor) -> np.ndarray:
-    if isinstance(codes, Tensor):
-        codes = codes.detach().cpu()
-        codes = (codes.float() if codes.dtype == torch.bfloat16 else codes).numpy()  # NumPy has no bfloat16
-    array = np.asarray(codes)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"codes must be real numbers, got {array.dtype}")
-    if array.ndim != 2 or array.shape[1] == 0:
-        raise ValueError(f"codes must have shape [n, d] with at least one code, got {list(array.shape)}")
-    if len(array) == 0:
-        raise ValueError("codes must have at least one row, got none")
-    finite = np.isfinite(array).all(axis=0)
-    if not finite.all():
-        columns = ", ".join(map(str, np.flatnonzero(~finite)))
-        raise ValueError(f"codes must be finite, and hold NaN or infinity in column {columns}")
-    # Bin edges in double precision, so that codes score the same in whatever precision they come.
-    return array.astype(np.float64)
-
-
-def _as_factors(factors: np.ndarray | Tensor, n: int) -> np.ndarray:
-    array = factors.detach().cpu().numpy() if isinstance(factors, Tensor) else np.asarray(factors)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"factors must be integers, got {array.dtype}; number the values of a continuous factor first")
-    if array.ndim != 2 or array.shape[1] == 0:
-        raise ValueError(f"factors must have shape [n, K] with at least one factor, got {list(array.shape)}")
-    if len(array) != n:
-        raise ValueError(f"codes and factors must have as many rows, got {n} and {len(array)}")
-    return array
