@@ -12,8 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device
-from fastdis.kernels.gradient_fields import load_or_zero, locate, per_sample, size_of, strided, tiles, total_field
+from fastdis.kernels.gradient_fields import (
+    grid,
+    load_or_zero,
+    locate,
+    per_sample,
+    size_of,
+    strided,
+    tiling,
+    total_field,
+)
+from fastdis.kernels.launch import Tile, launch
 
 
 def forward(
@@ -46,14 +55,19 @@ def forward(
     x, noise, fields = x.contiguous(), noise.contiguous(), fields.contiguous()
     eta_noise = None if eta_noise is None else eta_noise.contiguous()
     x_prev, x0 = x.new_empty(x.shape), x.new_empty(x.shape)
-    if x.numel() > 0:
-        samples, factors = fields.shape[:2]
-        blocks, grid, _ = tiles(samples, size_of(x))
-        with on_device(x):
-            _forward_kernel[grid](
-                x, noise, fields, alpha_bar.contiguous(), alpha_bar_prev.contiguous(), sigma.contiguous(),
-                *strided(weights), eta_noise, x_prev, x0, samples, factors, size_of(x), **blocks,
-            )  # fmt: skip
+    if x.numel() == 0:
+        return x_prev, x0
+    schedule = [t.contiguous() for t in (alpha_bar, alpha_bar_prev, sigma)]
+    samples, factors = fields.shape[:2]
+    size = size_of(x)
+
+    def run(tile: Tile) -> None:
+        programs, _ = grid(tile, samples, size)
+        _forward_kernel[programs](
+            x, noise, fields, *schedule, *strided(weights), eta_noise, x_prev, x0, samples, factors, size, **tile
+        )
+
+    launch(run, tiling(samples, size), x, samples, factors, size)
     return x_prev, x0
 
 
@@ -84,14 +98,17 @@ def backward(
     like = grad_x0 if grad_prev is None else grad_prev
     asked = (for_x, for_noise, for_fields, for_eta_noise)
     gradients = tuple(like.new_empty(like.shape if there else 0) for there in asked)
-    if like.numel() > 0:
-        blocks, grid, _ = tiles(like.shape[0], size_of(like))
-        with on_device(like):
-            _backward_kernel[grid](
-                grad_prev, grad_x0, alpha_bar.contiguous(), alpha_bar_prev.contiguous(), sigma.contiguous(),
-                *(g if there else None for g, there in zip(gradients, asked, strict=True)),
-                like.shape[0], size_of(like), **blocks,
-            )  # fmt: skip
+    if like.numel() == 0:
+        return gradients
+    schedule = [t.contiguous() for t in (alpha_bar, alpha_bar_prev, sigma)]
+    outputs = [g if there else None for g, there in zip(gradients, asked, strict=True)]
+    samples, size = like.shape[0], size_of(like)
+
+    def run(tile: Tile) -> None:
+        programs, _ = grid(tile, samples, size)
+        _backward_kernel[programs](grad_prev, grad_x0, *schedule, *outputs, samples, size, **tile)
+
+    launch(run, tiling(samples, size), like, samples, size)
     return gradients
 
 

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device
-from fastdis.kernels.gradient_fields import load_or_zero, locate, per_sample, size_of, tiles, total_field
+from fastdis.kernels.gradient_fields import grid, load_or_zero, locate, per_sample, size_of, tiling, total_field
+from fastdis.kernels.launch import Tile, launch, tiles_along
 
 
 def forward(
@@ -45,14 +45,19 @@ def forward(
     samples, factors = fields.shape[:2]
     if x.numel() == 0:
         return shifted, x0, x0_selected, alpha_bar.new_full((samples,), math.nan)
-    blocks, grid, per_sample_tiles = tiles(samples, size_of(x))
-    weight = alpha_bar.new_empty(samples, per_sample_tiles)
-    with on_device(x):
-        _forward_kernel[grid](
-            x, noise, fields, selected, alpha_bar.contiguous(), alpha_bar_prev.contiguous(), shifted, x0, x0_selected,
-            weight, samples, factors, size_of(x), **blocks,
-        )  # fmt: skip
-    return shifted, x0, x0_selected, weight.sum(1)
+    schedule = alpha_bar.contiguous(), alpha_bar_prev.contiguous()
+    size = size_of(x)
+
+    def run(tile: Tile) -> Tensor:
+        programs, per_row = grid(tile, samples, size)
+        weight = alpha_bar.new_empty(samples, per_row)
+        _forward_kernel[programs](
+            x, noise, fields, selected, *schedule, shifted, x0, x0_selected, weight, samples, factors, size, **tile
+        )
+        return weight.sum(1)
+
+    weight = launch(run, tiling(samples, size), x, samples, factors, size)
+    return shifted, x0, x0_selected, weight
 
 
 def backward(
@@ -87,14 +92,17 @@ def backward(
     asked = (for_x, for_noise, for_fields)
     shapes = (like.shape, like.shape, (samples, factors, *like.shape[1:]))
     gradients = tuple(like.new_empty(shape if there else 0) for shape, there in zip(shapes, asked, strict=True))
-    if like.numel() > 0:
-        blocks, grid, _ = tiles(samples, size_of(like))
-        with on_device(like):
-            _backward_kernel[grid](
-                *grads, selected.contiguous(), alpha_bar.contiguous(), alpha_bar_prev.contiguous(),
-                *(g if there else None for g, there in zip(gradients, asked, strict=True)),
-                samples, factors, size_of(like), **blocks,
-            )  # fmt: skip
+    if like.numel() == 0:
+        return gradients
+    schedule = [t.contiguous() for t in (selected, alpha_bar, alpha_bar_prev)]
+    outputs = [g if there else None for g, there in zip(gradients, asked, strict=True)]
+    size = size_of(like)
+
+    def run(tile: Tile) -> None:
+        programs, _ = grid(tile, samples, size)
+        _backward_kernel[programs](*grads, *schedule, *outputs, samples, factors, size, **tile)
+
+    launch(run, tiling(samples, size), like, samples, factors, size)
     return gradients
 
 
@@ -140,7 +148,7 @@ def _forward_kernel(
     tl.store(x0 + at, clean.to(x0.dtype.element_ty), mask)
     tl.store(x0_selected + at, (clean + change).to(x0_selected.dtype.element_ty), mask)
     part = tl.sum(tl.where(mask, change * change, 0.0), 1) / size
-    tl.store(weight + sample * tl.cdiv(size, BLOCK_M) + place, part, sample_mask)
+    tl.store(weight + sample * tiles_along(size, BLOCK_M) + place, part, sample_mask)
 
 
 @triton.jit

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device, statistics_dtype
-from fastdis.kernels.gaussians import LARGE, exp
+from fastdis.kernels import statistics_dtype
+from fastdis.kernels.gaussians import exp
+from fastdis.kernels.launch import Tile, Tiling, block, launch, span, tiles_along
 
 NONE, MEAN, SUM = range(3)
 
@@ -34,10 +35,13 @@ def forward(mean: Tensor, logvar: Tensor, weights: Tensor | None, reduction: int
     samples, latents = mean.shape
     loss = mean.new_empty(samples, dtype=mean.dtype if reduction == NONE else statistics_dtype(mean))
     if samples > 0:
+
+        def run(tile: Tile) -> None:
+            programs = (triton.cdiv(samples, tile["BLOCK_B"]),)
+            _forward_kernel[programs](mean, logvar, weights, loss, samples, latents, **tile)
+
         # Whole rows, so that one program sums one.
-        blocks, tiles_b, _ = _tiles(samples, latents, 1024)
-        with on_device(mean):
-            _forward_kernel[(tiles_b,)](mean, logvar, weights, loss, samples, latents, **blocks)
+        launch(run, _tiling(samples, latents, 1024), mean, samples, latents)
     if reduction == MEAN:
         loss = loss.mean().to(mean.dtype)
     elif reduction == SUM:
@@ -65,31 +69,31 @@ def backward(
     grad, mean, logvar = grad.contiguous(), mean.contiguous(), logvar.contiguous()
     samples, latents = mean.shape
     dmean, dlogvar = mean.new_empty(mean.shape), mean.new_empty(mean.shape)
-    partials = None
-    if mean.numel() > 0:
-        # Tiles of few columns have many rows, whose sum is what is left of dweights to add up.
-        blocks, tiles_b, tiles_k = _tiles(samples, latents, 64)
-        if weights is not None:
-            weights = weights.contiguous()
-            partials = weights.new_empty(tiles_b, latents)
-        with on_device(mean):
-            _backward_kernel[(tiles_b * tiles_k,)](
-                grad, mean, logvar, weights, dmean, dlogvar, partials, samples, latents,
-                samples if reduction == MEAN else 1, GRAD_PER_SAMPLE=reduction == NONE, **blocks,
-            )  # fmt: skip
-    if partials is not None:
-        return dmean, dlogvar, partials.sum(0)
-    count = 0 if weights is None else latents
-    return dmean, dlogvar, torch.zeros(count, dtype=statistics_dtype(mean), device=mean.device)
+    weights = None if weights is None else weights.contiguous()
+    if mean.numel() == 0:
+        count = 0 if weights is None else latents
+        return dmean, dlogvar, torch.zeros(count, dtype=statistics_dtype(mean), device=mean.device)
+
+    def run(tile: Tile) -> Tensor:
+        tiles_b, tiles_k = triton.cdiv(samples, tile["BLOCK_B"]), triton.cdiv(latents, tile["BLOCK_K"])
+        partials = None if weights is None else weights.new_empty(tiles_b, latents)
+        _backward_kernel[(tiles_b * tiles_k,)](
+            grad, mean, logvar, weights, dmean, dlogvar, partials, samples, latents,
+            samples if reduction == MEAN else 1, GRAD_PER_SAMPLE=reduction == NONE, **tile,
+        )  # fmt: skip
+        return mean.new_empty(0, dtype=statistics_dtype(mean)) if partials is None else partials.sum(0)
+
+    # Tiles of few columns have many rows, whose sum is what is left of dweights to add up.
+    return dmean, dlogvar, launch(run, _tiling(samples, latents, 64), mean, samples, latents)
 
 
-def _tiles(samples: int, latents: int, limit: int) -> tuple[dict, int, int]:
-    """Blocks of at most ``limit`` columns, and the number of tiles along both sides of [samples, latents]."""
-    span = 1024 if samples * latents >= LARGE else 256
-    block_k = min(triton.next_power_of_2(max(latents, 1)), limit, span)
-    block_b = min(triton.next_power_of_2(samples), span // block_k)
-    blocks = {"BLOCK_B": block_b, "BLOCK_K": block_k, "num_warps": max(block_b * block_k // 256, 1)}
-    return blocks, triton.cdiv(samples, block_b), triton.cdiv(latents, block_k)
+def _tiling(samples: int, latents: int, limit: int) -> Tiling:
+    """Tiles of [samples, latents] with at most ``limit`` columns."""
+    elements = span(samples * latents)
+    block_k = block(max(latents, 1), min(limit, elements))
+    block_b = block(samples, elements // block_k)
+    tile = {"BLOCK_B": block_b, "BLOCK_K": block_k, "num_warps": max(block_b * block_k // 256, 1)}
+    return Tiling(tile, "BLOCK_B", 1, block(samples, max(4096 // block_k, 1)))
 
 
 @triton.jit
@@ -146,7 +150,7 @@ def _backward_kernel(
     """Write one tile of dmean and dlogvar, and its part of dweights, to [tiles of samples, latents]."""
     dtype: tl.constexpr = tl.float64 if mean.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0).to(tl.int64)
-    tiles_k = tl.cdiv(latents, BLOCK_K)
+    tiles_k = tiles_along(latents, BLOCK_K)
     tile_b = program // tiles_k
     sample = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     k = program % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -1,4 +1,4 @@
-"""What the ops on diagonal Gaussians share: when to cut tensors finer, and exponentials of log-variances."""
+"""What the ops on diagonal Gaussians share: exponentials of log-variances."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import triton
 import triton.language as tl
 
-# Elements from which a tensor fills a large GPU with tiles of 1024; below, its tiles have 256.
-LARGE = 2**18
 _LOG2_E = tl.constexpr(1 / math.log(2))
 # log(2) in two parts (Cody and Waite): the first has 9 bits.
 _LN_2_HIGH = tl.constexpr(0.693359375)

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs that keep every SM of a large GPU busy.
-FULL_GRID = 256
+from fastdis.kernels.launch import Tile, Tiling, block, span, tiles_along
 
 
 def size_of(x: Tensor) -> int:
@@ -20,18 +19,24 @@ def size_of(x: Tensor) -> int:
     return math.prod(x.shape[1:])
 
 
-def tiles(rows: int, size: int) -> tuple[dict, tuple[int], int]:
-    """Cut [rows, size] into tiles of [BLOCK_R, BLOCK_M]; return these, their grid, and the tiles along a row.
+def tiling(rows: int, size: int) -> Tiling:
+    """Cut [rows, size] into tiles of [BLOCK_R, BLOCK_M].
 
-    A thread has eight elements of a tile: two 16-byte loads of float32, one of float16. A small tensor is cut finer,
-    so that it still reaches every SM.
+    A thread has eight elements of a tile: two 16-byte loads of float32, one of float16.
     """
-    span = 1024 if rows * size >= 1024 * FULL_GRID else 256
-    block_m = min(triton.next_power_of_2(size), span)
-    block_r = min(triton.next_power_of_2(rows), span // block_m)
-    per_row = triton.cdiv(size, block_m)
-    blocks = {"BLOCK_R": block_r, "BLOCK_M": block_m, "num_warps": max(block_r * block_m // 256, 1)}
-    return blocks, (triton.cdiv(rows, block_r) * per_row,), per_row
+    elements = span(rows * size)
+    block_m = block(size, elements)
+    block_r = block(rows, elements // block_m)
+    tile = {"BLOCK_R": block_r, "BLOCK_M": block_m, "num_warps": max(block_r * block_m // 256, 1)}
+    if block_m < elements:  # whole rows
+        return Tiling(tile, "BLOCK_R", 1, block(rows, 4096 // block_m))
+    return Tiling(tile, "BLOCK_M", 128, block(size, 4096))
+
+
+def grid(tile: Tile, rows: int, size: int) -> tuple[tuple[int], int]:
+    """Return the grid of the tiles of [rows, size], and how many stand along a row."""
+    per_row = triton.cdiv(size, tile["BLOCK_M"])
+    return (triton.cdiv(rows, tile["BLOCK_R"]) * per_row,), per_row
 
 
 def strided(weights: Tensor | None) -> tuple[Tensor | None, int]:
@@ -49,7 +54,7 @@ def locate(rows, size, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr):
     their mask, and the tile's place along the row.
     """
     program = tl.program_id(0).to(tl.int64)
-    per_row = tl.cdiv(size, BLOCK_M)
+    per_row = tiles_along(size, BLOCK_M)
     row = program // per_row * BLOCK_R + tl.arange(0, BLOCK_R)
     place = program % per_row
     m = place * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device, statistics_dtype
+from fastdis.kernels import statistics_dtype
+from fastdis.kernels.launch import SATURATING_GRID, Tile, Tiling, block, launch, split, tiles_along
 
 # Up to this many tangents a thread keeps all products of its dimensions in registers; beyond, tl.dot takes over.
 SMALL = 8
-# Programs with enough loads in flight, together, to saturate the memory of a large GPU.
-PROGRAMS = 1024
 
 
 def as_rows(jacobian: Tensor) -> Tensor:
@@ -33,19 +32,23 @@ def gram(jacobian: Tensor) -> Tensor:
     out = jacobian.new_empty(batch, latents, latents, dtype=statistics_dtype(jacobian))
     if out.numel() == 0:
         return out
-    block_k, block_d, warps = _gram_tile(latents, jacobian.element_size())
-    tiles_k, tiles_d = triton.cdiv(latents, block_k), max(triton.cdiv(dims, block_d), 1)
-    # Where the samples are too few to fill the chip, each is divided along D, and the parts are summed in order.
-    programs = batch * tiles_k * (tiles_k + 1) // 2
-    tiles_per_part = triton.cdiv(tiles_d, max(PROGRAMS // programs, 1))
-    parts = triton.cdiv(tiles_d, tiles_per_part)
-    partial = out.unsqueeze(0) if parts == 1 else out.new_empty(parts, *out.shape)
-    with on_device(jacobian):
+    tiling = _gram_tiling(latents, dims, jacobian.element_size())
+    tiles_k = triton.cdiv(latents, tiling.tile["BLOCK_K"])
+
+    def run(tile: Tile) -> None:
+        # Where the samples are too few to fill the chip, each is divided along D, and the parts are summed in order.
+        tiles_d = max(triton.cdiv(dims, tile["BLOCK_D"]), 1)
+        tiles_per_part, parts = split(tiles_d, batch * tiles_k * (tiles_k + 1) // 2, SATURATING_GRID)
+        partial = out.unsqueeze(0) if parts == 1 else out.new_empty(parts, *out.shape)
         _gram_kernel[(batch * parts * tiles_k * tiles_k,)](
             jacobian, partial, batch, latents, dims, *jacobian.stride()[:2], parts, tiles_per_part,
-            PAIRWISE=latents <= SMALL, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=warps,
+            PAIRWISE=latents <= SMALL, **tile,
         )  # fmt: skip
-    return out if parts == 1 else torch.sum(partial, 0, out=out)
+        if parts > 1:
+            torch.sum(partial, 0, out=out)
+
+    launch(run, tiling, jacobian, batch, latents, dims)
+    return out
 
 
 def product(weights: Tensor, jacobian: Tensor) -> Tensor:
@@ -55,35 +58,40 @@ def product(weights: Tensor, jacobian: Tensor) -> Tensor:
     out = torch.empty_like(jacobian)
     if out.numel() == 0:
         return out
-    block_k, block_j, block_d, warps = _product_tile(latents)
-    grid = (batch * triton.cdiv(latents, block_k) * triton.cdiv(dims, block_d),)
-    with on_device(jacobian):
-        _product_kernel[grid](
+
+    def run(tile: Tile) -> None:
+        tiles = triton.cdiv(latents, tile["BLOCK_K"]) * triton.cdiv(dims, tile["BLOCK_D"])
+        _product_kernel[(batch * tiles,)](
             weights, jacobian, out, latents, dims, *jacobian.stride()[:2], *out.stride()[:2],
-            PAIRWISE=latents <= SMALL, BLOCK_K=block_k, BLOCK_J=block_j, BLOCK_D=block_d, num_warps=warps,
+            PAIRWISE=latents <= SMALL, **tile,
         )  # fmt: skip
+
+    launch(run, _product_tiling(latents, dims), jacobian, batch, latents, dims)
     return out
 
 
-def _gram_tile(latents: int, itemsize: int) -> tuple[int, int, int]:
+def _gram_tiling(latents: int, dims: int, itemsize: int) -> Tiling:
     """Tangents and dimensions of a tile, and the warps for it."""
-    block_k = triton.next_power_of_2(latents)
+    block_k = block(latents, 64)
     if latents <= SMALL:
         # The products of a thread's dimensions fill 64 registers.
-        return block_k, min(8192 // block_k**2, 1024), 4
-    block_k = min(block_k, 64)
-    if itemsize == 2:
-        return block_k, 128, 4 if block_k == 64 else 2
-    return block_k, 32, {16: 1, 32: 4, 64: 8}[block_k]
+        block_d, warps = min(8192 // block_k**2, 1024), 4
+    elif itemsize == 2:
+        block_d, warps = {16: (128, 2), 32: (128, 2), 64: (64, 4)}[block_k]
+    else:
+        block_d, warps = {16: (32, 1), 32: (32, 4), 64: (16, 8)}[block_k]
+    return Tiling({"BLOCK_K": block_k, "BLOCK_D": block_d, "num_warps": warps}, "BLOCK_D", 16, block(dims, 2048))
 
 
-def _product_tile(latents: int) -> tuple[int, int, int, int]:
+def _product_tiling(latents: int, dims: int) -> Tiling:
     """Tangents of a tile of the product, those it sums over at a time, dimensions, and warps."""
-    block_k = triton.next_power_of_2(latents)
+    block_k = block(latents, 64)
     if latents <= SMALL:
-        return block_k, block_k, min(4096 // block_k, 1024), 4
-    block_k = min(block_k, 64)
-    return block_k, 16, 4096 // max(block_k, 32), 4 if block_k == 16 else 8
+        block_j, block_d, warps = block_k, min(4096 // block_k, 1024), 4
+    else:
+        block_j, block_d, warps = 16, 4096 // max(block_k, 32), 4 if block_k == 16 else 8
+    tile = {"BLOCK_K": block_k, "BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": warps}
+    return Tiling(tile, "BLOCK_D", 16, block(dims, 2048))
 
 
 @triton.jit
@@ -121,7 +129,7 @@ def _gram_kernel(
     j = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     dtype: tl.constexpr = out.dtype.element_ty
     first = part.to(tl.int32) * tiles_per_part
-    last = tl.minimum(first + tiles_per_part, tl.cdiv(dims, BLOCK_D))
+    last = tl.minimum(first + tiles_per_part, tiles_along(dims, BLOCK_D).to(tl.int32))
     if PAIRWISE:
         products = tl.zeros((BLOCK_K, BLOCK_K, BLOCK_D), dtype)
         for tile in range(first, last):
@@ -163,7 +171,7 @@ def _product_kernel(
     """Write one tile of rows and dimensions of A J."""
     program = tl.program_id(0).to(tl.int64)
     tiles_k = tl.cdiv(latents, BLOCK_K)
-    tiles_d = tl.cdiv(dims, BLOCK_D)
+    tiles_d = tiles_along(dims, BLOCK_D)
     # Tiles of the same dimensions are neighbours, which find each other's rows of J in the cache.
     k = (program % tiles_k).to(tl.int32) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = (program // tiles_k % tiles_d).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)

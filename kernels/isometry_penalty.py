@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdis.kernels import on_device
 from fastdis.kernels.gram import gram, product
+from fastdis.kernels.launch import block
 
 ISOMETRY, SCALED_ISOMETRY, CONFORMAL, RELAXED_DISTORTION, ORTHOGONALITY = (tl.constexpr(code) for code in range(5))
 
@@ -44,7 +45,7 @@ def forward(jacobian: Tensor, kind: int) -> tuple[Tensor, Tensor]:
         return loss.fill_(math.nan if batch == 0 or kind == RELAXED_DISTORTION.value else 0.0), metric
     moments = _moments(metric, kind)
     with on_device(metric):
-        _loss_kernel[(1,)](*moments, loss, batch, latents, KIND=kind, BLOCK=_block(batch))
+        _loss_kernel[(1,)](*moments, loss, batch, latents, KIND=kind, BLOCK=block(batch, 1024, least=32))
     return loss, metric
 
 
@@ -64,8 +65,8 @@ def backward(grad: Tensor, jacobian: Tensor, gram: Tensor, kind: int) -> Tensor:
         moments = _moments(gram, kind) if kind in (SCALED_ISOMETRY.value, RELAXED_DISTORTION.value) else (None, None)
         with on_device(gram):
             _weights_kernel[(batch,)](
-                grad, gram, *moments, weights, batch, latents, KIND=kind, BLOCK=_block(latents * latents),
-                BLOCK_B=_block(batch),
+                grad, gram, *moments, weights, batch, latents, latents * latents, KIND=kind,
+                BLOCK=block(latents * latents, 1024, least=32), BLOCK_B=block(batch, 1024, least=32),
             )  # fmt: skip
     return product(weights, jacobian)
 
@@ -75,12 +76,10 @@ def _moments(gram: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     batch, latents, _ = gram.shape
     means, squares = gram.new_empty(batch), gram.new_empty(batch)
     with on_device(gram):
-        _moments_kernel[(batch,)](gram, means, squares, latents, KIND=kind, BLOCK=_block(latents * latents))
+        _moments_kernel[(batch,)](
+            gram, means, squares, latents, latents * latents, KIND=kind, BLOCK=block(latents * latents, 1024, least=32)
+        )
     return means, squares
-
-
-def _block(size: int) -> int:
-    return min(max(triton.next_power_of_2(size), 32), 1024)
 
 
 @triton.jit
@@ -93,10 +92,10 @@ def _mean_diagonal(gram, latents, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _deviation(gram, index, latents, center, KIND: tl.constexpr):
+def _deviation(gram, index, latents, entries, center, KIND: tl.constexpr):
     """Entries [index] of a Gram matrix minus the center on the diagonal; zero outside it."""
-    value = tl.load(gram + index, index < latents * latents, other=0.0)
-    diagonal = (index % (latents + 1) == 0) & (index < latents * latents)
+    value = tl.load(gram + index, index < entries, other=0.0)
+    diagonal = (index % (latents + 1) == 0) & (index < entries)
     if KIND == ORTHOGONALITY:
         value = tl.where(diagonal, 0.0, value)
     else:
@@ -105,9 +104,9 @@ def _deviation(gram, index, latents, center, KIND: tl.constexpr):
 
 
 @triton.jit
-def _moments_kernel(gram, means, squares, latents, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _moments_kernel(gram, means, squares, latents, entries, KIND: tl.constexpr, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
-    gram += sample * latents * latents
+    gram += sample * entries
     mean = _mean_diagonal(gram, latents, BLOCK)
     center = mean
     if KIND == ISOMETRY:
@@ -115,8 +114,8 @@ def _moments_kernel(gram, means, squares, latents, KIND: tl.constexpr, BLOCK: tl
     elif KIND == RELAXED_DISTORTION:
         center = mean * 0.0
     total = tl.zeros((BLOCK,), gram.dtype.element_ty)
-    for start in range(0, latents * latents, BLOCK):
-        off = _deviation(gram, start + tl.arange(0, BLOCK), latents, center, KIND)
+    for start in range(0, entries, BLOCK):
+        off = _deviation(gram, start + tl.arange(0, BLOCK), latents, entries, center, KIND)
         total += off * off
     tl.store(means + sample, mean)
     tl.store(squares + sample, tl.sum(total, 0))
@@ -158,13 +157,14 @@ def _weights_kernel(
     weights,
     batch,
     latents,
+    entries,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     """Write the matrix that multiplies one sample's J."""
     sample = tl.program_id(0).to(tl.int64)
-    gram += sample * latents * latents
+    gram += sample * entries
     scale = 4.0 * tl.load(grad) / batch
     center = scale * 0.0 + 1.0
     if KIND == SCALED_ISOMETRY:
@@ -175,7 +175,7 @@ def _weights_kernel(
         trace = latents * _mean_over_batch(means, batch, BLOCK_B)
         center = _mean_over_batch(squares, batch, BLOCK_B) / trace
         scale /= trace * trace
-    for start in range(0, latents * latents, BLOCK):
+    for start in range(0, entries, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        value = scale * _deviation(gram, index, latents, center, KIND)
-        tl.store(weights + sample * latents * latents + index, value, index < latents * latents)
+        value = scale * _deviation(gram, index, latents, entries, center, KIND)
+        tl.store(weights + sample * entries + index, value, index < entries)

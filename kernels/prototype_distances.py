@@ -7,16 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device
-from fastdis.kernels.prototypes import (
-    FULL_GRID,
-    block,
-    centered_products,
-    load_centered,
-    prototype_center,
-    split,
-    warps,
-)
+from fastdis.kernels.launch import FULL_GRID, Tile, Tiling, launch, split
+from fastdis.kernels.prototypes import centered_products, load_centered, prototype_center, side, warps
 
 
 def forward(queries: Tensor, prototypes: Tensor) -> Tensor:
@@ -38,16 +30,20 @@ def forward(queries: Tensor, prototypes: Tensor) -> Tensor:
     distances = queries.new_empty(episodes, num_queries, num_prototypes)
     if distances.numel() == 0:
         return distances
-    block_q, block_n, block_d = block(num_queries, 64), block(num_prototypes, 64), block(dims, 32)
+    block_q, block_n, block_d = side(num_queries, 64), side(num_prototypes, 64), side(dims, 32)
     tiles_n = triton.cdiv(num_prototypes, block_n)
     if episodes * triton.cdiv(num_queries, block_q) * tiles_n < FULL_GRID:
         block_q = 16
     center = prototype_center(prototypes)
-    with on_device(queries):
-        _distances_kernel[(episodes * triton.cdiv(num_queries, block_q) * tiles_n,)](
-            queries, prototypes, center, distances, num_queries, num_prototypes, dims,
-            BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps(block_q, block_n, block_d),
-        )  # fmt: skip
+
+    def run(tile: Tile) -> None:
+        _distances_kernel[(episodes * triton.cdiv(num_queries, tile["BLOCK_Q"]) * tiles_n,)](
+            queries, prototypes, center, distances, num_queries, num_prototypes, dims, **tile
+        )
+
+    tile = {"BLOCK_Q": block_q, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps(block_q, block_n, block_d)}
+    tiling = Tiling(tile, "BLOCK_Q", 16, side(num_queries, 128))
+    launch(run, tiling, queries, episodes, num_queries, num_prototypes, dims)
     return distances
 
 
@@ -74,17 +70,21 @@ def _gradient(grad: Tensor, rows: Tensor, columns: Tensor, center: Tensor) -> Te
     """Gradient of rows [E, R, D] against columns [E, C, D], from grad [E, R, C] of any strides within an episode."""
     episodes, num_rows, dims = rows.shape
     num_columns = columns.shape[1]
-    block_r, block_c, block_d = block(num_rows, 32), block(num_columns, 32), block(dims, 64)
-    tiles = episodes * triton.cdiv(num_rows, block_r) * triton.cdiv(dims, block_d)
-    tiles_per_part, parts = split(triton.cdiv(num_columns, block_c), tiles)
-    out = torch.empty_like(rows) if parts == 1 else center.new_empty(parts, *rows.shape)
-    with on_device(rows):
+    block_r, block_c, block_d = side(num_rows, 32), side(num_columns, 32), side(dims, 64)
+
+    def run(tile: Tile) -> Tensor:
+        tiles = episodes * triton.cdiv(num_rows, tile["BLOCK_R"]) * triton.cdiv(dims, block_d)
+        tiles_per_part, parts = split(triton.cdiv(num_columns, block_c), tiles)
+        out = torch.empty_like(rows) if parts == 1 else center.new_empty(parts, *rows.shape)
         _gradient_kernel[(tiles * parts,)](
             grad, rows, columns, center, out, episodes, num_rows, num_columns, dims, *grad.stride()[1:],
-            tiles_per_part, BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=block_d,
-            num_warps=warps(block_r, block_c, block_d),
+            tiles_per_part, **tile,
         )  # fmt: skip
-    return out if parts == 1 else out.sum(0).to(rows.dtype)
+        return out if parts == 1 else out.sum(0).to(rows.dtype)
+
+    tile = {"BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_D": block_d, "num_warps": warps(block_r, block_c, block_d)}
+    tiling = Tiling(tile, "BLOCK_R", 16, side(num_rows, 64))
+    return launch(run, tiling, rows, episodes, num_rows, num_columns, dims)
 
 
 @triton.jit

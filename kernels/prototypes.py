@@ -14,25 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdis.kernels import on_device, statistics_dtype
-
-# Programs that keep every SM of a large GPU busy.
-FULL_GRID = 256
+from fastdis.kernels.launch import block
 
 
-def block(size: int, limit: int) -> int:
-    """Return the side of a tile over ``size`` elements: a power of two, from 16 (as tl.dot wants) to ``limit``."""
-    return min(max(triton.next_power_of_2(size), 16), limit)
+def side(size: int, most: int) -> int:
+    """Return the side of a tile over ``size`` elements, not below the 16 that tl.dot wants."""
+    return block(size, most, least=16)
 
 
 def warps(*sides: int) -> int:
     """Return the warps for a product of tiles: 8 where a float32 product would press on the registers of 4."""
     return 8 if math.prod(sides) > 16**3 else 4
-
-
-def split(tiles: int, programs: int) -> tuple[int, int]:
-    """Divide a loop over ``tiles`` among enough programs to fill the GPU; return (tiles per program, parts)."""
-    per_program = triton.cdiv(tiles, max(FULL_GRID // programs, 1))
-    return per_program, triton.cdiv(tiles, per_program)
 
 
 def prototype_center(prototypes: Tensor) -> Tensor:
@@ -43,10 +35,10 @@ def prototype_center(prototypes: Tensor) -> Tensor:
     episodes, count, dims = prototypes.shape
     center = torch.empty((episodes, dims), dtype=statistics_dtype(prototypes), device=prototypes.device)
     if center.numel() > 0:
-        block_d = block(dims, 64)
+        block_d = side(dims, 64)
         with on_device(prototypes):
             _center_kernel[(episodes * triton.cdiv(dims, block_d),)](
-                prototypes, center, count, dims, BLOCK_N=block(count, 32), BLOCK_D=block_d
+                prototypes, center, count, dims, BLOCK_N=side(count, 32), BLOCK_D=block_d
             )
     return center
 

@@ -11,16 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device, statistics_dtype
-from fastdis.kernels.prototypes import (
-    FULL_GRID,
-    block,
-    centered_products,
-    load_centered,
-    prototype_center,
-    split,
-    warps,
-)
+from fastdis.kernels import statistics_dtype
+from fastdis.kernels.launch import FULL_GRID, Tile, Tiling, launch, split
+from fastdis.kernels.prototypes import centered_products, load_centered, prototype_center, side, warps
 
 NONE, MEAN, SUM = range(3)
 
@@ -50,15 +43,20 @@ def forward(queries: Tensor, prototypes: Tensor, labels: Tensor, reduction: int)
     logsumexp = torch.empty((episodes, num_queries), dtype=statistics_dtype(queries), device=queries.device)
     loss = logsumexp.new_empty(logsumexp.shape, dtype=queries.dtype if reduction == NONE else logsumexp.dtype)
     if loss.numel() > 0:
-        block_q, block_n, block_d = block(num_queries, 64), block(num_prototypes, 64), block(dims, 32)
+        center = prototype_center(prototypes)
+
+        def run(tile: Tile) -> None:
+            _loss_kernel[(episodes * triton.cdiv(num_queries, tile["BLOCK_Q"]),)](
+                queries, prototypes, center, labels, loss, logsumexp, num_queries, num_prototypes, dims, **tile
+            )
+
+        block_q, block_n, block_d = side(num_queries, 64), side(num_prototypes, 64), side(dims, 32)
         if episodes * triton.cdiv(num_queries, block_q) < FULL_GRID:
             block_q = 16
-        center = prototype_center(prototypes)
-        with on_device(queries):
-            _loss_kernel[(episodes * triton.cdiv(num_queries, block_q),)](
-                queries, prototypes, center, labels, loss, logsumexp, num_queries, num_prototypes, dims,
-                BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps(block_q, block_n, block_d),
-            )  # fmt: skip
+        blocks = {"BLOCK_Q": block_q, "BLOCK_N": block_n, "BLOCK_D": block_d}
+        tile = {**blocks, "num_warps": warps(block_q, block_n, block_d)}
+        tiling = Tiling(tile, "BLOCK_Q", 16, side(num_queries, 128))
+        launch(run, tiling, queries, episodes, num_queries, num_prototypes, dims)
     if reduction == MEAN:
         loss = loss.mean().to(queries.dtype)
     elif reduction == SUM:
@@ -102,22 +100,26 @@ def _gradient(
     """Gradient of rows [E, R, D] against columns [E, C, D], which are queries and prototypes in either order."""
     episodes, num_rows, dims = rows.shape
     num_columns = columns.shape[1]
-    block_r, block_c, block_d = block(num_rows, 32), block(num_columns, 32), block(dims, 32)
+    block_r, block_c, block_d = side(num_rows, 32), side(num_columns, 32), side(dims, 32)
     if episodes * triton.cdiv(num_rows, block_r) < FULL_GRID:
         block_r = 16
-    tiles = episodes * triton.cdiv(num_rows, block_r)
-    tiles_per_part, parts = split(triton.cdiv(num_columns, block_c), tiles)
-    # A program that passes over several tiles of columns adds each to what it wrote before, which wants full precision.
-    dtype = rows.dtype if tiles_per_part == 1 and parts == 1 else center.dtype
-    out = rows.new_empty(parts, *rows.shape, dtype=dtype)
-    with on_device(rows):
+
+    def run(tile: Tile) -> Tensor:
+        tiles = episodes * triton.cdiv(num_rows, tile["BLOCK_R"])
+        tiles_per_part, parts = split(triton.cdiv(num_columns, block_c), tiles)
+        # A program that passes over several tiles of columns adds each to what it wrote before: in full precision.
+        dtype = rows.dtype if tiles_per_part == 1 and parts == 1 else center.dtype
+        out = rows.new_empty(parts, *rows.shape, dtype=dtype)
         _gradient_kernel[(tiles * parts,)](
             rows, columns, center, labels, logsumexp, grad, out, episodes, num_rows, num_columns, dims,
             labels.numel() if reduction == MEAN else 1, tiles_per_part,
-            GRAD_PER_QUERY=reduction == NONE, QUERIES_ARE_ROWS=queries_are_rows,
-            BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=warps(block_r, block_c, block_d),
+            GRAD_PER_QUERY=reduction == NONE, QUERIES_ARE_ROWS=queries_are_rows, **tile,
         )  # fmt: skip
-    return (out[0] if parts == 1 else out.sum(0)).to(rows.dtype)
+        return (out[0] if parts == 1 else out.sum(0)).to(rows.dtype)
+
+    tile = {"BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_D": block_d, "num_warps": warps(block_r, block_c, block_d)}
+    tiling = Tiling(tile, "BLOCK_R", 16, side(num_rows, 64))
+    return launch(run, tiling, rows, episodes, num_rows, num_columns, dims)
 
 
 @triton.jit

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device, statistics_dtype
-from fastdis.kernels.gaussians import LARGE, exp
+from fastdis.kernels import statistics_dtype
+from fastdis.kernels.gaussians import exp
+from fastdis.kernels.launch import Tile, Tiling, block, launch, span, tiles_along
 
 _TURN = tl.constexpr(2 * math.pi)
 
@@ -45,13 +46,16 @@ def _draw(x: Tensor, logvar: Tensor, seed: Tensor, backward: bool) -> Tensor:
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
-    run = out.numel() // seed.numel()
-    quads = triton.cdiv(run, 4)
-    block = min(triton.next_power_of_2(quads), 256 if out.numel() >= LARGE else 64)
-    with on_device(x):
-        _draw_kernel[(seed.numel() * triton.cdiv(quads, block),)](
-            x, logvar, seed, out, run, BACKWARD=backward, BLOCK=block, num_warps=max(block // 64, 1)
-        )
+    length = out.numel() // seed.numel()
+    quads = triton.cdiv(length, 4)
+
+    def run(tile: Tile) -> None:
+        programs = (seed.numel() * triton.cdiv(quads, tile["BLOCK"]),)
+        _draw_kernel[programs](x, logvar, seed, out, length, BACKWARD=backward, **tile)
+
+    size = block(quads, span(out.numel()) // 4)
+    tiling = Tiling({"BLOCK": size, "num_warps": max(size // 64, 1)}, "BLOCK", 16, block(quads, 1024))
+    launch(run, tiling, x, seed.numel(), length)
     return out
 
 
@@ -60,7 +64,7 @@ def _draw_kernel(x, logvar, seed, out, run, BACKWARD: tl.constexpr, BLOCK: tl.co
     """From x, which is the mean, or in backward the grad. One counter of Philox serves four neighbours."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(run, 4 * BLOCK)
+    tiles = tiles_along(run, 4 * BLOCK)
     first = program % tiles * BLOCK
     i = first * 4 + tl.arange(0, 4 * BLOCK)
     at = program // tiles * run + i

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdis.kernels import on_device, statistics_dtype
+from fastdis.kernels.launch import Tile, Tiling, block, launch, span, tiles_along
 
 NONE, RELU, LEAKY_RELU, SILU = (tl.constexpr(code) for code in range(4))
 
@@ -71,22 +72,32 @@ def forward(
     scale, shift, weight, bias = _contiguous(scale, shift, weight, bias)
     affine = (scale, shift, weight, bias)
     act = {"ACTIVATION": activation, "SLOPE": negative_slope}
-    with on_device(x):
-        if groups == 0:
-            tile, grid, _ = layout.tiles()
-            _apply_kernel[grid](x, y, None, None, *affine, *layout.sizes, **act, **tile)
-        elif resident := layout.resident():
-            tile, grid = resident
-            _resident_forward_kernel[grid](x, y, mean, rstd, *affine, *layout.group_sizes, EPS=eps, **act, **tile)
-        else:
-            tile, grid, splits = layout.tiles()
-            means, m2s = torch.empty((2, layout.rows, splits), dtype=mean.dtype, device=x.device)
-            _partial_moments_kernel[grid](x, means, m2s, *layout.sizes, **tile)
-            _merge_moments_kernel[(mean.numel(),)](
-                means, m2s, mean, rstd, layout.width * splits, splits, layout.size, layout.width * layout.size,
-                EPS=eps, BLOCK_S=tile["BLOCK_S"], BLOCK=1024,
-            )  # fmt: skip
-            _apply_kernel[grid](x, y, mean, rstd, *affine, *layout.sizes, **act, **tile)
+
+    def plain(tile: Tile) -> None:
+        grid, _ = layout.grid(tile)
+        _apply_kernel[grid](x, y, None, None, *affine, *layout.sizes, **act, **tile)
+
+    def resident(tile: Tile) -> None:
+        grid = layout.resident_grid(tile)
+        _resident_forward_kernel[grid](x, y, mean, rstd, *affine, *layout.group_sizes, EPS=eps, **act, **tile)
+
+    def divided(tile: Tile) -> None:
+        grid, splits = layout.grid(tile)
+        means, m2s = torch.empty((2, layout.rows, splits), dtype=mean.dtype, device=x.device)
+        _partial_moments_kernel[grid](x, means, m2s, *layout.sizes, **tile)
+        _merge_moments_kernel[(mean.numel(),)](
+            means, m2s, mean, rstd, layout.width * splits, splits, layout.size, layout.width * layout.size,
+            EPS=eps, BLOCK_S=tile["BLOCK_S"], BLOCK=1024,
+        )  # fmt: skip
+        _apply_kernel[grid](x, y, mean, rstd, *affine, *layout.sizes, **act, **tile)
+
+    whole = layout.resident_tiling() if groups > 0 else None
+    if groups == 0:
+        launch(plain, layout.tiling(), x, *layout.sizes)
+    elif whole is not None:
+        launch(resident, whole, x, *layout.sizes)
+    else:
+        launch(divided, layout.tiling(), x, *layout.sizes)
     return y, mean, rstd
 
 
@@ -132,40 +143,48 @@ def backward(
     affine = (scale, shift, weight, bias)
     act = {"ACTIVATION": activation, "SLOPE": negative_slope}
     dgamma, dbeta = torch.empty_like(scale), torch.empty_like(scale)
+
+    def resident(tile: Tile) -> None:
+        grid = layout.resident_grid(tile)
+        _resident_backward_kernel[grid](
+            dy, x, dx, mean, rstd, *affine, dgamma, dbeta, *layout.group_sizes, **act, **tile
+        )
+
+    def divided(tile: Tile) -> None:
+        grid, splits = layout.grid(tile)
+        stats = (mean, rstd) if groups > 0 else (None, None)
+        partials = (dgamma, dbeta)
+        if splits > 1:
+            partials = torch.empty((2, layout.rows, splits), dtype=scale.dtype, device=x.device)
+        # Without normalisation dx needs no group means, and the pass that sums also writes it.
+        _partial_gradients_kernel[grid](
+            dy, x, None if groups > 0 else dx, *stats, *affine, *partials, *layout.sizes, **act, **tile
+        )
+        means = (None, None)
+        if groups > 0:
+            means = torch.empty((2, *mean.shape), dtype=mean.dtype, device=x.device)
+        if splits > 1 or groups > 0:
+            rows = layout.width if groups > 0 else 32
+            _merge_gradients_kernel[(triton.cdiv(layout.rows, rows),)](
+                *partials, dgamma, dbeta, *means, scale, weight, layout.rows, rows, splits, layout.period,
+                layout.width * layout.size, BLOCK_R=32, BLOCK_K=block(splits, 64),
+            )  # fmt: skip
+        if groups > 0:
+            _input_gradient_kernel[grid](dy, x, dx, *stats, *means, *affine, *layout.sizes, **act, **tile)
+
+    whole = layout.resident_tiling() if groups > 0 else None
+    if whole is not None:
+        launch(resident, whole, x, *layout.sizes)
+    else:
+        launch(divided, layout.tiling(), x, *layout.sizes)
+    if weight is None and bias is None:
+        return dx, dgamma, dbeta, dweight, dbias
+    dscale = torch.empty_like(scale)
+    samples, channels = scale.shape
     with on_device(x):
-        if groups > 0 and (resident := layout.resident()):
-            tile, grid = resident
-            _resident_backward_kernel[grid](
-                dy, x, dx, mean, rstd, *affine, dgamma, dbeta, *layout.group_sizes, **act, **tile
-            )
-        else:
-            tile, grid, splits = layout.tiles()
-            stats = (mean, rstd) if groups > 0 else (None, None)
-            partials = (dgamma, dbeta)
-            if splits > 1:
-                partials = torch.empty((2, layout.rows, splits), dtype=scale.dtype, device=x.device)
-            # Without normalisation dx needs no group means, and the pass that sums also writes it.
-            _partial_gradients_kernel[grid](
-                dy, x, None if groups > 0 else dx, *stats, *affine, *partials, *layout.sizes, **act, **tile
-            )
-            means = (None, None)
-            if groups > 0:
-                means = torch.empty((2, *mean.shape), dtype=mean.dtype, device=x.device)
-            if splits > 1 or groups > 0:
-                span = layout.width if groups > 0 else 32
-                _merge_gradients_kernel[(triton.cdiv(layout.rows, span),)](
-                    *partials, dgamma, dbeta, *means, scale, weight, layout.rows, span, splits, layout.period,
-                    layout.width * layout.size, BLOCK_R=32, BLOCK_K=min(triton.next_power_of_2(splits), 64),
-                )  # fmt: skip
-            if groups > 0:
-                _input_gradient_kernel[grid](dy, x, dx, *stats, *means, *affine, *layout.sizes, **act, **tile)
-        if weight is None and bias is None:
-            return dx, dgamma, dbeta, dweight, dbias
-        dscale = torch.empty_like(scale)
-        samples, channels = scale.shape
         _parameter_gradients_kernel[(triton.cdiv(channels, 32),)](
             dgamma, dbeta, scale, weight, bias, dscale, dweight, dbias, samples, channels,
-            BLOCK_B=min(triton.next_power_of_2(samples), 64), BLOCK_C=32,
+            BLOCK_B=block(samples, 64), BLOCK_C=32,
         )  # fmt: skip
     return dx, dscale, dbeta, dweight, dbias
 
@@ -218,24 +237,29 @@ class _Layout:
     def group_sizes(self) -> tuple[int, int, int, int]:
         return self.channels // self.width, self.width, self.size, self.period
 
-    def tiles(self) -> tuple[dict, tuple[int], int]:
-        """Tile of [BLOCK_C, BLOCK_S] elements for the elementwise kernels, its grid, and the tiles per row."""
+    def tiling(self) -> Tiling:
+        """Tile of [BLOCK_C, BLOCK_S] elements for the elementwise kernels."""
         # A small tensor is cut finer, so that it still reaches every SM.
-        budget = 4096 if self.rows * self.size >= 2**20 else 1024
+        budget = 4 * span(self.rows * self.size)
         if self.channels_last:
-            block_c = min(triton.next_power_of_2(self.channels), 64)
-            block_s = min(triton.next_power_of_2(self.size), budget // block_c)
+            block_c = block(self.channels, 64)
+            block_s = block(self.size, budget // block_c)
         else:
-            block_s = min(triton.next_power_of_2(self.size), 1024)
-            block_c = min(triton.next_power_of_2(self.channels), budget // block_s)
-        splits = triton.cdiv(self.size, block_s)
-        grid = (self.samples * triton.cdiv(self.channels, block_c) * splits,)
+            block_s = block(self.size, 1024)
+            block_c = block(self.channels, budget // block_s)
         warps = max(block_c * block_s // 512, 1)
         tile = {"CHANNELS_LAST": self.channels_last, "BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": warps}
-        return tile, grid, splits
+        if self.channels_last:
+            return Tiling(tile, "BLOCK_S", 1, block(self.size, 8192 // block_c))
+        return Tiling(tile, "BLOCK_C", 1, block(self.channels, 8192 // block_s))
 
-    def resident(self) -> tuple[dict, tuple[int]] | None:
-        """Tile of [BLOCK_G groups, BLOCK_C, BLOCK_S] that holds whole groups, and its grid; None where none fits.
+    def grid(self, tile: Tile) -> tuple[tuple[int], int]:
+        """Return the grid of such tiles, and how many stand along a row."""
+        splits = triton.cdiv(self.size, tile["BLOCK_S"])
+        return (self.samples * triton.cdiv(self.channels, tile["BLOCK_C"]) * splits,), splits
+
+    def resident_tiling(self) -> Tiling | None:
+        """Tile of [BLOCK_G groups, BLOCK_C, BLOCK_S] that holds whole groups; None where none fits.
 
         One SM works through a full tile in about the time of the two launches that splitting it would add, so a grid
         too small to fill the chip is no reason to split what fits.
@@ -243,19 +267,23 @@ class _Layout:
         groups = self.channels // self.width
         block_c, block_s = triton.next_power_of_2(self.width), triton.next_power_of_2(self.size)
         capacity = RESIDENT // max(self.itemsize, 4) // (2 if self.channels_last else 1)
-        span = block_c * block_s
-        block_g = max(2048 // span, 1)
+        elements = block_c * block_s
+        block_g = max(2048 // elements, 1)
         if self.channels_last:
             # Neighbouring channels share a 32-byte sector: take half of it at least, or L2 reads it over and over.
             block_g = max(block_g, 16 // self.itemsize // block_c)
         block_g = min(block_g, triton.next_power_of_2(groups))
         addressable = not self.channels_last or self.channels * self.size < 2**31
-        if block_g * span > capacity or not addressable:
+        if block_g * elements > capacity or not addressable:
             return None
-        grid = (self.samples * triton.cdiv(groups, block_g),)
-        warps = min(max(block_g * span // 256, 1), 32 if self.channels_last else 16)
+        most_warps = 32 if self.channels_last else 16
+        warps = min(max(block_g * elements // 256, 1), most_warps)
         blocks = {"BLOCK_G": block_g, "BLOCK_C": block_c, "BLOCK_S": block_s}
-        return {"CHANNELS_LAST": self.channels_last, **blocks, "num_warps": warps}, grid
+        tile = {"CHANNELS_LAST": self.channels_last, **blocks, "num_warps": warps}
+        return Tiling(tile, "BLOCK_G", 1, block(groups, capacity // elements), most_warps)
+
+    def resident_grid(self, tile: Tile) -> tuple[int]:
+        return (self.samples * triton.cdiv(self.channels // self.width, tile["BLOCK_G"]),)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,8 +306,8 @@ def _tile(
     their mask, and the tile's place along the row.
     """
     program = tl.program_id(0).to(tl.int64)
-    tiles_c = tl.cdiv(channels, BLOCK_C)
-    tiles_s = tl.cdiv(size, BLOCK_S)
+    tiles_c = tiles_along(channels, BLOCK_C)
+    tiles_s = tiles_along(size, BLOCK_S)
     # Neighbouring programs read neighbouring memory.
     if CHANNELS_LAST:
         tile_s = program // tiles_c % tiles_s
@@ -322,7 +350,7 @@ def _group_tile(
     leaves the registers to the elements.
     """
     program = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(groups, BLOCK_G)
+    tiles = tiles_along(groups, BLOCK_G)
     sample = program // tiles
     first = program % tiles * BLOCK_G
     i = tl.arange(0, BLOCK_G)
@@ -493,7 +521,7 @@ def _partial_moments_kernel(
     v = tl.load(x + offset, mask, other=0.0).to(partial_mean.dtype.element_ty)
     m = tl.sum(v, 1) / tl.minimum(size - tile_s * BLOCK_S, BLOCK_S)
     centred = tl.where(mask, v - m[:, None], 0.0)
-    partial = row * tl.cdiv(size, BLOCK_S) + tile_s
+    partial = row * tiles_along(size, BLOCK_S) + tile_s
     tl.store(partial_mean + partial, m, row_mask)
     tl.store(partial_m2 + partial, tl.sum(centred * centred, 1), row_mask)
 
@@ -597,7 +625,7 @@ def _partial_gradients_kernel(
     gamma, beta = _affine(scale, shift, weight, bias, row, channel, row_mask)
     dt = _activate_backward(gamma[:, None] * x_hat + beta[:, None], dt, ACTIVATION, SLOPE)
     dt = tl.where(mask, dt, 0.0)
-    partial = row * tl.cdiv(size, BLOCK_S) + tile_s
+    partial = row * tiles_along(size, BLOCK_S) + tile_s
     tl.store(partial_dgamma + partial, tl.sum(dt * x_hat, 1), row_mask)
     tl.store(partial_dbeta + partial, tl.sum(dt, 1), row_mask)
     if dx is not None:

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device
-from fastdis.kernels.gradient_fields import locate, per_sample, size_of, strided, tiles, total_field
+from fastdis.kernels.gradient_fields import grid, locate, per_sample, size_of, strided, tiling, total_field
+from fastdis.kernels.launch import Tile, launch, tiles_along
 
 
 def forward(noise: Tensor, fields: Tensor, coefficient: Tensor, weights: Tensor | None) -> Tensor:
@@ -32,11 +32,13 @@ def forward(noise: Tensor, fields: Tensor, coefficient: Tensor, weights: Tensor 
     if out.numel() == 0:
         return out
     samples, factors = fields.shape[:2]
-    blocks, grid, _ = tiles(samples, size_of(noise))
-    with on_device(noise):
-        _forward_kernel[grid](
-            noise, fields, coefficient, *strided(weights), out, samples, factors, size_of(noise), **blocks
-        )
+    size = size_of(noise)
+
+    def run(tile: Tile) -> None:
+        programs, _ = grid(tile, samples, size)
+        _forward_kernel[programs](noise, fields, coefficient, *strided(weights), out, samples, factors, size, **tile)
+
+    launch(run, tiling(samples, size), noise, samples, factors, size)
     return out
 
 
@@ -58,7 +60,7 @@ def backward(
     """
     grad, coefficient = grad.contiguous(), coefficient.contiguous()
     samples, size = grad.shape[0], size_of(grad)
-    dfields, products, partials = grad.new_empty(0), coefficient.new_empty(0), None
+    dfields, products = grad.new_empty(0), coefficient.new_empty(0)
     if for_fields:
         dfields = grad.new_empty(samples, 1 if weights is None else weights.shape[-1], *grad.shape[1:])
     if fields is not None:
@@ -67,15 +69,19 @@ def backward(
     factors = dfields.shape[1] if fields is None and for_fields else products.shape[-1]
     if samples * factors * size == 0:
         return dfields, products
-    blocks, grid, per_row = tiles(samples * factors, size)
-    if fields is not None:
-        partials = products.new_empty(samples, factors, per_row)
-    with on_device(grad):
-        _backward_kernel[grid](
+    rows = samples * factors
+
+    def run(tile: Tile) -> Tensor | None:
+        programs, per_row = grid(tile, rows, size)
+        partials = None if fields is None else products.new_empty(samples, factors, per_row)
+        _backward_kernel[programs](
             grad, fields, coefficient, *strided(weights), dfields if for_fields else None, partials,
-            samples * factors, factors, size, SHARED=weights is None, **blocks,
+            rows, factors, size, SHARED=weights is None, **tile,
         )  # fmt: skip
-    return dfields, products if partials is None else partials.sum(-1)
+        return None if partials is None else partials.sum(-1)
+
+    sums = launch(run, tiling(rows, size), grad, rows, size)
+    return dfields, products if sums is None else sums
 
 
 @triton.jit
@@ -128,7 +134,7 @@ def _backward_kernel(
     g = tl.load(grad + (sample * size)[:, None] + m, mask, other=0.0).to(dtype)
     if fields is not None:
         field = tl.load(fields + (row * size)[:, None] + m, mask, other=0.0).to(dtype)
-        tl.store(partials + row * tl.cdiv(size, BLOCK_M) + place, tl.sum(g * field, 1), row_mask)
+        tl.store(partials + row * tiles_along(size, BLOCK_M) + place, tl.sum(g * field, 1), row_mask)
     if dfields is not None:
         scale = per_sample(coefficient, sample, row_mask)
         if SHARED:

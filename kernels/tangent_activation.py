@@ -12,14 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdis.kernels import on_device, statistics_dtype
+from fastdis.kernels import statistics_dtype
+from fastdis.kernels.launch import SATURATING_GRID, Tile, Tiling, block, launch, span, split, tiles_along
 
 NONE, RELU, LEAKY_RELU, ELU, SILU, GELU, GELU_TANH, TANH, SIGMOID, SOFTPLUS = (tl.constexpr(code) for code in range(10))
 # The activations up to leaky_relu: phi'' = 0, and the sign of phi gives phi'.
 PIECEWISE_LINEAR = tl.constexpr(3)
-
-# Programs with enough loads in flight, together, to saturate the memory of a large GPU.
-PROGRAMS = 1024
 
 
 def forward(rows: Tensor, directions: Tensor | None, bias: Tensor | None, activation: int, parameter: float) -> Tensor:
@@ -49,14 +47,17 @@ def forward(rows: Tensor, directions: Tensor | None, bias: Tensor | None, activa
     if out.numel() == 0:
         return out
     samples, size, inner = _sizes(rows)
-    tile, tiles = _tile(samples, size)
-    # Where the tiles are too few to fill the chip, the tangents are divided as well.
-    parts = max(min(tangents, PROGRAMS // tiles), 1)
-    with on_device(rows):
+
+    def run(tile: Tile) -> None:
+        # Where the tiles are too few to fill the chip, the tangents are divided as well.
+        tiles = math.prod(_counts(tile, samples, size))
+        tangents_per_part, parts = split(max(tangents, 1), tiles, SATURATING_GRID)
         _forward_kernel[(tiles * parts,)](
-            rows, directions, bias, out, samples, size, inner, tangents, triton.cdiv(tangents, parts),
+            rows, directions, bias, out, samples, size, inner, tangents, tangents_per_part,
             ACTIVATION=activation, PARAMETER=parameter, **tile,
         )  # fmt: skip
+
+    launch(run, _tiling(samples, size), rows, tangents, samples, size)
     return out
 
 
@@ -105,21 +106,21 @@ def backward(
         shift = None if bias is None else bias.contiguous()
     samples, size, inner = _sizes(saved)
     act = {"ACTIVATION": activation, "PARAMETER": parameter}
-    tile, tiles = _tile(samples, size)
-    # A program that goes through several tiles of samples sums them before it writes: fewer sums for the bias.
-    tiles_b = triton.cdiv(samples, tile["BLOCK_B"])
-    tiles_per_part = max(tiles // PROGRAMS, 1)
-    parts = triton.cdiv(tiles_b, tiles_per_part)
-    sums = None if bias is None else saved.new_empty(parts, size, dtype=statistics_dtype(saved))
-    with on_device(saved):
-        _backward_kernel[(parts * (tiles // tiles_b),)](
+
+    def run(tile: Tile) -> Tensor:
+        # A program that goes through several tiles of samples sums them before it writes: fewer sums for the bias.
+        tiles_b, tiles_s = _counts(tile, samples, size)
+        tiles_per_part, parts = split(tiles_b, tiles_s, SATURATING_GRID)
+        sums = None if bias is None else saved.new_empty(parts, size, dtype=statistics_dtype(saved))
+        _backward_kernel[(parts * tiles_s,)](
             grad_primal, grad_tangents, saved, values, shift, drows, sums, samples, size, inner, tangents,
             tiles_per_part, SHARED=shared, **act, **tile,
         )  # fmt: skip
-        if sums is not None:
-            dbias = sums.view(parts, -1, inner).sum((0, 2)).to(saved.dtype)
-        if shared and tangents > 0 and grad_tangents is not None:
-            ddirections = _direction_gradients(grad_tangents, saved, shift, samples, size, inner, act)
+        return dbias if sums is None else sums.view(parts, -1, inner).sum((0, 2)).to(saved.dtype)
+
+    dbias = launch(run, _tiling(samples, size), saved, tangents, samples, size)
+    if shared and tangents > 0 and grad_tangents is not None:
+        ddirections = _direction_gradients(grad_tangents, saved, shift, samples, size, inner, act)
     return drows, ddirections.view(directions.shape) if shared else ddirections, dbias
 
 
@@ -128,19 +129,20 @@ def _direction_gradients(
 ) -> Tensor:
     """Sum ``phi' grad_tangents`` [K, B, *] over the samples."""
     tangents = grad_tangents.shape[0]
-    tile, _ = _tile(samples, size)
-    block_k = min(triton.next_power_of_2(tangents), 4)
-    columns = triton.cdiv(size, tile["BLOCK_S"]) * triton.cdiv(tangents, block_k)
-    tiles_b = triton.cdiv(samples, tile["BLOCK_B"])
-    tiles_per_part = triton.cdiv(tiles_b, max(PROGRAMS // columns, 1))
-    parts = triton.cdiv(tiles_b, tiles_per_part)
-    dtype = saved.dtype if parts == 1 else statistics_dtype(saved)
-    out = saved.new_empty(parts, tangents, size, dtype=dtype)
-    _directions_kernel[(parts * columns,)](
-        grad_tangents, saved, bias, out, samples, size, inner, tangents, tiles_per_part,
-        BLOCK_K=block_k, **act, **tile,
-    )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0).to(saved.dtype)
+    block_k = block(tangents, 4)
+
+    def run(tile: Tile) -> Tensor:
+        tiles_b, tiles_s = _counts(tile, samples, size)
+        columns = tiles_s * triton.cdiv(tangents, block_k)
+        tiles_per_part, parts = split(tiles_b, columns, SATURATING_GRID)
+        out = saved.new_empty(parts, tangents, size, dtype=saved.dtype if parts == 1 else statistics_dtype(saved))
+        _directions_kernel[(parts * columns,)](
+            grad_tangents, saved, bias, out, samples, size, inner, tangents, tiles_per_part,
+            BLOCK_K=block_k, **act, **tile,
+        )  # fmt: skip
+        return out[0] if parts == 1 else out.sum(0).to(saved.dtype)
+
+    return launch(run, _tiling(samples, size), saved, tangents, samples, size)
 
 
 def _sizes(rows: Tensor) -> tuple[int, int, int]:
@@ -148,14 +150,20 @@ def _sizes(rows: Tensor) -> tuple[int, int, int]:
     return rows.shape[1], math.prod(rows.shape[2:]), math.prod(rows.shape[3:])
 
 
-def _tile(samples: int, size: int) -> tuple[dict, int]:
-    """Tile of [BLOCK_B samples, BLOCK_S elements], and the tiles that there are."""
-    # A small tensor is cut finer, so that it still reaches every SM.
-    budget = 1024 if samples * size >= 2**20 else 256
-    block_s = min(triton.next_power_of_2(size), budget)
-    block_b = min(triton.next_power_of_2(samples), budget // block_s)
-    tiles = triton.cdiv(samples, block_b) * triton.cdiv(size, block_s)
-    return {"BLOCK_B": block_b, "BLOCK_S": block_s, "num_warps": max(block_b * block_s // 256, 1)}, tiles
+def _tiling(samples: int, size: int) -> Tiling:
+    """Tiles of [BLOCK_B samples, BLOCK_S elements]."""
+    elements = span(samples * size)
+    block_s = block(size, elements)
+    block_b = block(samples, elements // block_s)
+    tile = {"BLOCK_B": block_b, "BLOCK_S": block_s, "num_warps": max(block_b * block_s // 256, 1)}
+    if block_s < elements:  # whole samples
+        return Tiling(tile, "BLOCK_B", 1, block(samples, 2048 // block_s))
+    return Tiling(tile, "BLOCK_S", 128, block(size, 2048))
+
+
+def _counts(tile: Tile, samples: int, size: int) -> tuple[int, int]:
+    """Return the tiles along the samples, and along the elements of one."""
+    return triton.cdiv(samples, tile["BLOCK_B"]), triton.cdiv(size, tile["BLOCK_S"])
 
 
 @triton.jit
@@ -263,8 +271,8 @@ def _forward_kernel(
     BLOCK_S: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    tiles_s = tl.cdiv(size, BLOCK_S)
-    tiles_b = tl.cdiv(samples, BLOCK_B)
+    tiles_s = tiles_along(size, BLOCK_S)
+    tiles_b = tiles_along(samples, BLOCK_B)
     s = program % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)
     sample = program // tiles_s % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
     part = (program // tiles_s // tiles_b).to(tl.int32)
@@ -306,7 +314,7 @@ def _backward_kernel(
 ):
     """Write the gradient of the rows; and the sum of da over one part of the samples, to [parts, size]."""
     program = tl.program_id(0).to(tl.int64)
-    tiles_s = tl.cdiv(size, BLOCK_S)
+    tiles_s = tiles_along(size, BLOCK_S)
     s = program % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)
     part = program // tiles_s
     dtype: tl.constexpr = tl.float64 if saved.dtype.element_ty == tl.float64 else tl.float32
@@ -314,7 +322,7 @@ def _backward_kernel(
     row = samples * wide_size
     total = tl.zeros((BLOCK_B, BLOCK_S), dtype)
     first = part * tiles_per_part
-    for tile in range(first, tl.minimum(first + tiles_per_part, tl.cdiv(samples, BLOCK_B))):
+    for tile in range(first, tl.minimum(first + tiles_per_part, tiles_along(samples, BLOCK_B))):
         sample = tile * BLOCK_B + tl.arange(0, BLOCK_B)
         at, mask, a = _primal(saved, bias, sample, s, samples, size, inner, dtype)
         _, slope, curvature = _phi(a, ACTIVATION, PARAMETER)
@@ -359,7 +367,7 @@ def _directions_kernel(
 ):
     """Sum phi' grad_tangents over one part of the samples, to [parts, K, size]."""
     program = tl.program_id(0).to(tl.int64)
-    tiles_s = tl.cdiv(size, BLOCK_S)
+    tiles_s = tiles_along(size, BLOCK_S)
     tiles_k = tl.cdiv(tangents, BLOCK_K)
     s = program % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)
     k = program // tiles_s % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -369,7 +377,7 @@ def _directions_kernel(
     row = samples * wide_size
     total = tl.zeros((BLOCK_K, BLOCK_B, BLOCK_S), dtype)
     first = part * tiles_per_part
-    for tile in range(first, tl.minimum(first + tiles_per_part, tl.cdiv(samples, BLOCK_B))):
+    for tile in range(first, tl.minimum(first + tiles_per_part, tiles_along(samples, BLOCK_B))):
         sample = tile * BLOCK_B + tl.arange(0, BLOCK_B)
         at, mask, a = _primal(saved, bias, sample, s, samples, size, inner, dtype)
         _, slope, _ = _phi(a, ACTIVATION, PARAMETER)

@@ -22,13 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdis.kernels import on_device, statistics_dtype
+from fastdis.kernels.launch import FULL_GRID, Tile, Tiling, block, launch, split
 
 MSS = 1
 
 LOG_2_PI = tl.constexpr(math.log(2.0 * math.pi))
-
-# Programs that keep every SM of a large GPU busy, which come before larger tiles.
-PROGRAMS = 256
 
 
 def forward(
@@ -59,18 +57,24 @@ def forward(
         return *(t.fill_(math.nan) for t in terms), log_joint, log_marginals
     stratified = estimator == MSS
     rows = log_marginals.new_empty(3, episodes, batch)
-    with on_device(z):
-        planes, weights = _planes(z, mean, logvar, None, dataset_size, estimator)
-        tile, tiles = _tile(planes[0], episodes * dims, 16)
-        _marginals_kernel[(episodes * dims * tiles,)](
+    planes, weights = _planes(z, mean, logvar, None, dataset_size, estimator)
+
+    def marginals(tile: Tile) -> None:
+        _marginals_kernel[(episodes * dims * triton.cdiv(batch, tile["BLOCK_O"]),)](
             *planes, log_marginals, batch, dims, weights, STRATIFIED=stratified, **tile, GROUP=_group(tile)
         )
-        tile, tiles = _tile(planes[0], episodes, 16)
-        _joint_kernel[(episodes * tiles,)](
+
+    def joint(tile: Tile) -> None:
+        _joint_kernel[(episodes * triton.cdiv(batch, tile["BLOCK_O"]),)](
             *planes, z, mean, logvar, log_marginals, log_joint, rows, episodes, batch, dims, weights,
-            STRATIFIED=stratified, **tile, GROUP=_group(tile), BLOCK_K=min(max(triton.next_power_of_2(dims), 1), 64),
+            STRATIFIED=stratified, **tile, GROUP=_group(tile), BLOCK_K=block(max(dims, 1), 64),
         )  # fmt: skip
-        _means_kernel[(episodes,)](rows, *terms, episodes, batch, BLOCK=min(triton.next_power_of_2(batch), 1024))
+
+    if dims > 0:
+        launch(marginals, _tiling(planes[0], episodes * dims, 16), z, episodes, batch, dims)
+    launch(joint, _tiling(planes[0], episodes, 16), z, episodes, batch, dims)
+    with on_device(z):
+        _means_kernel[(episodes,)](rows, *terms, episodes, batch, BLOCK=block(batch, 1024))
     return *terms, log_joint, log_marginals
 
 
@@ -104,29 +108,40 @@ def backward(
         return gradients
     episodes, batch, dims = _sizes(z)
     stratified = estimator == MSS
-    with on_device(z):
-        planes, weights = _planes(z, mean, logvar, log_marginals.contiguous(), dataset_size, estimator)
-        sums = []
-        for over_rows in (True, False):
-            tile, tiles = _tile(planes[0], episodes * dims, 8)
-            marginal = planes[0].new_empty(1 if over_rows else 2, *planes[0].shape)
-            _marginal_sums_kernel[(episodes * dims * tiles,)](
-                *planes, marginal, episodes, batch, dims, weights, STRATIFIED=stratified, OVER_ROWS=over_rows, **tile
+    planes, weights = _planes(z, mean, logvar, log_marginals.contiguous(), dataset_size, estimator)
+
+    def marginal_sums(over_rows: bool) -> Tensor:
+        out = planes[0].new_empty(1 if over_rows else 2, *planes[0].shape)
+
+        def run(tile: Tile) -> None:
+            _marginal_sums_kernel[(episodes * dims * triton.cdiv(batch, tile["BLOCK_O"]),)](
+                *planes, out, episodes, batch, dims, weights, STRATIFIED=stratified, OVER_ROWS=over_rows, **tile
             )
-            # One warp a program: the sums of every tile, and every k, are then sums within a warp.
-            tile, tiles = _tile(planes[0], episodes, 4)
-            steps = triton.cdiv(batch, tile["BLOCK_R"])
-            steps_per_part = triton.cdiv(steps, max(8 * PROGRAMS // (episodes * tiles), 1))
-            parts = triton.cdiv(steps, steps_per_part)
-            joint = marginal.new_empty(parts, *marginal.shape)
-            _joint_sums_kernel[(parts * episodes * tiles,)](
-                *planes[:4], log_joint, joint, episodes, batch, dims, steps_per_part, weights,
-                STRATIFIED=stratified, OVER_ROWS=over_rows, **{**tile, "num_warps": 1},
+
+        launch(run, _tiling(planes[0], episodes * dims, 8), z, over_rows, episodes, batch, dims)
+        return out
+
+    def joint_sums(over_rows: bool) -> Tensor:
+        def run(tile: Tile) -> Tensor:
+            programs = episodes * triton.cdiv(batch, tile["BLOCK_O"])
+            steps_per_part, parts = split(triton.cdiv(batch, tile["BLOCK_R"]), programs, 8 * FULL_GRID)
+            out = planes[0].new_empty(parts, 1 if over_rows else 2, *planes[0].shape)
+            _joint_sums_kernel[(parts * programs,)](
+                *planes[:4], log_joint, out, episodes, batch, dims, steps_per_part, weights,
+                STRATIFIED=stratified, OVER_ROWS=over_rows, **tile,
             )  # fmt: skip
-            sums += [marginal, joint]
-        block_b, block_k = (min(triton.next_power_of_2(size), 32) for size in (batch, dims))
+            return out
+
+        # One warp a program: the sums of every tile, and every k, are then sums within a warp.
+        tile = {**_tiling(planes[0], episodes, 4).tile, "num_warps": 1}
+        tiling = Tiling(tile, "BLOCK_O", 1, block(batch, 8), most_warps=1)
+        return launch(run, tiling, z, over_rows, episodes, batch, dims)
+
+    sums = [summed(over_rows) for over_rows in (True, False) for summed in (marginal_sums, joint_sums)]
+    block_b, block_k = block(batch, 32), block(dims, 32)
+    with on_device(z):
         _combine_kernel[(episodes * triton.cdiv(batch, block_b) * triton.cdiv(dims, block_k),)](
-            grad.contiguous(), z, mean, logvar, *sums, *gradients, episodes, batch, dims, parts,
+            grad.contiguous(), z, mean, logvar, *sums, *gradients, episodes, batch, dims, len(sums[1]), len(sums[3]),
             BLOCK_B=block_b, BLOCK_K=block_k,
         )  # fmt: skip
     return gradients
@@ -145,25 +160,25 @@ def _planes(
     dtype = statistics_dtype(z)
     planes = z.new_empty(4 if log_marginals is None else 5, episodes, dims, batch, dtype=dtype)
     weights = z.new_empty(3, dtype=dtype)
-    block_b, block_k = (min(max(triton.next_power_of_2(size), 1), 32) for size in (batch, dims))
-    _planes_kernel[(episodes * triton.cdiv(batch, block_b) * max(triton.cdiv(dims, block_k), 1),)](
-        z, mean, logvar, log_marginals, planes, weights, episodes, batch, dims, dataset_size,
-        STRATIFIED=estimator == MSS, BLOCK_B=block_b, BLOCK_K=block_k,
-    )  # fmt: skip
+    block_b, block_k = block(batch, 32), block(max(dims, 1), 32)
+    with on_device(z):
+        _planes_kernel[(episodes * triton.cdiv(batch, block_b) * max(triton.cdiv(dims, block_k), 1),)](
+            z, mean, logvar, log_marginals, planes, weights, episodes, batch, dims, dataset_size,
+            STRATIFIED=estimator == MSS, BLOCK_B=block_b, BLOCK_K=block_k,
+        )  # fmt: skip
     return planes.unbind(0), weights
 
 
-def _tile(plane: Tensor, programs_per_row: int, most: int) -> tuple[dict, int]:
+def _tiling(plane: Tensor, programs_per_row: int, most: int) -> Tiling:
     """Tile of [BLOCK_O, BLOCK_R]: samples to write for, at most so many, and samples to sum over at a time.
 
-    Also the number of such tiles of samples to write for. Numbers of twice the size leave registers for half as many.
+    Numbers of twice the size leave registers for half as many. Programs for every SM come before larger tiles.
     """
     batch = plane.shape[-1]
-    block_o = triton.next_power_of_2(max(batch * programs_per_row // PROGRAMS, 1))
-    block_o = min(block_o, 4 * most // plane.element_size())
-    block_r = min(triton.next_power_of_2(batch), 512)
-    warps = max(block_r // 128, 1)
-    return {"BLOCK_O": block_o, "BLOCK_R": block_r, "num_warps": warps}, triton.cdiv(batch, block_o)
+    block_o = block(max(batch * programs_per_row // FULL_GRID, 1), 4 * most // plane.element_size())
+    block_r = block(batch, 512)
+    tile = {"BLOCK_O": block_o, "BLOCK_R": block_r, "num_warps": max(block_r // 128, 1)}
+    return Tiling(tile, "BLOCK_R", 32, block(batch, 1024))
 
 
 def _group(tile: dict) -> int:
@@ -561,7 +576,8 @@ def _combine_kernel(
     episodes,
     batch,
     dims,
-    parts,
+    row_parts,
+    column_parts,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -585,14 +601,14 @@ def _combine_kernel(
     plane = tl.cast(episodes, tl.int64) * dims * batch
     zero = tl.zeros((BLOCK_B, BLOCK_K), dtype)
 
-    total = (g_tc - g_mi) * _sum_of_parts(row_joint + at_plane, plane, parts, mask, zero)
+    total = (g_tc - g_mi) * _sum_of_parts(row_joint + at_plane, plane, row_parts, mask, zero)
     total += (g_dw - g_tc) * tl.load(row_marginal + at_plane, mask, other=0.0)
     tl.store(dz + at, (g_dw * x - g_mi * u - total).to(dz.dtype.element_ty), mask)
 
-    total = (g_tc - g_mi) * _sum_of_parts(column_joint + at_plane, 2 * plane, parts, mask, zero)
+    total = (g_tc - g_mi) * _sum_of_parts(column_joint + at_plane, 2 * plane, column_parts, mask, zero)
     total += (g_dw - g_tc) * tl.load(column_marginal + at_plane, mask, other=0.0)
     tl.store(dmean + at, (total + g_mi * u).to(dmean.dtype.element_ty), mask)
 
-    total = (g_tc - g_mi) * _sum_of_parts(column_joint + plane + at_plane, 2 * plane, parts, mask, zero)
+    total = (g_tc - g_mi) * _sum_of_parts(column_joint + plane + at_plane, 2 * plane, column_parts, mask, zero)
     total += (g_dw - g_tc) * tl.load(column_marginal + plane + at_plane, mask, other=0.0)
     tl.store(dlogvar + at, (0.5 * (total + g_mi * (d * u - 1.0))).to(dlogvar.dtype.element_ty), mask)

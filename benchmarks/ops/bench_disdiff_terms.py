@@ -21,7 +21,7 @@ def case(name, batch, factors, *size, targets, quick=False):
     def published(x, noise, fields, selected):
         """With numbers for coefficients and the selected field gathered."""
         a, b = ALPHA_BAR, ALPHA_BAR_PREV
-        field = fields[torch.arange(batch), selected]
+        field = fields[torch.arange(batch, device=x.device), selected]
         shifted = noise - (a / b) ** 0.5 * (1 - b) / (1 - a) ** 0.5 * fields.sum(1)
         x0 = (x - (1 - a) ** 0.5 * noise) / a**0.5
         return shifted, x0, x0 + (1 - a) / a**0.5 * field, (1 - a) ** 2 / a * field.detach().flatten(1).square().mean(1)
@@ -38,7 +38,7 @@ class BenchDisDiffTerms(ColumnBench):
 
     @staticmethod
     def reference(x, **others):
-        schedule = (torch.full((len(x),), value, dtype=x.dtype) for value in (ALPHA_BAR, ALPHA_BAR_PREV))
+        schedule = (x.new_full((len(x),), value) for value in (ALPHA_BAR, ALPHA_BAR_PREV))
         return reference.disdiff_terms(x, **others, **dict(zip(("alpha_bar", "alpha_bar_prev"), schedule, strict=True)))
 
     @staticmethod

@@ -15,7 +15,7 @@ class BenchReparameterize(ColumnBench):
 
     @staticmethod
     def reference(mean, logvar):
-        return reference.reparameterize(mean, logvar, torch.randint(2**63 - 1, (1,)))
+        return reference.reparameterize(mean, logvar, torch.randint(2**63 - 1, (1,), device=mean.device))
 
     @staticmethod
     def cases():

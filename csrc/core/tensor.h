@@ -90,12 +90,11 @@ inline void ask_for_huge_pages(void* memory, size_t bytes) {
 inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                             ScalarType dtype) {
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), static_cast<int32_t>(dtype), device_type,
-                                                         device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  static_cast<int32_t>(dtype), device_type, device_index, &handle));
   Tensor tensor(handle);
   if (tensor.is_cpu()) ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * element_size(dtype));
   if (poison() && tensor.is_cpu() && tensor.numel() > 0) {

@@ -80,6 +80,18 @@ __device__ __forceinline__ A not_a_number() {
   return std::is_same_v<A, float> ? A(__builtin_nanf("")) : A(__builtin_nan(""));
 }
 
+#ifndef FASTDIS_HOST_EMULATION
+
+// The same pointer to global memory, of which the compiler no longer knows where it comes from.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  size_t address = __cvta_generic_to_global(pointer);
+  asm volatile("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
+#endif
+
 // `N` neighbouring elements, moved by one access where they are 16 bytes.
 template <typename T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
@@ -111,6 +123,14 @@ __device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack, st
   for (int i = 0; i < N; ++i) {
     if (i >= first && i < last) target[i] = pack.value[i];
   }
+}
+
+// The same for packs in global memory. The opaque address keeps the compiler from moving it in a loop, whereupon it no
+// longer sees the alignment and stores element by element.
+template <int N, typename T, typename Index>
+__device__ __forceinline__ void store_global(T* target, const Pack<T, N>& pack, std::type_identity_t<Index> first,
+                                             Index last, bool aligned) {
+  store_pack<N>(opaque(target), pack, first, last, aligned);
 }
 
 template <typename... Pointers>
@@ -178,14 +198,6 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_shared_bytes);
 }
 
-// The same pointer to global memory, of which the compiler no longer knows where it comes from.
-template <typename T>
-__device__ __forceinline__ T* opaque(T* pointer) {
-  size_t address = __cvta_generic_to_global(pointer);
-  asm volatile("" : "+l"(address));
-  return static_cast<T*>(__cvta_global_to_generic(address));
-}
-
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string("fastdis: ") + what + ": " + cudaGetErrorString(status));
@@ -227,7 +239,7 @@ using torch::stable::Tensor;
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads)
       mean.value[i] = narrow<T>(factor * m);
       logvar.value[i] = narrow<T>(A(0.5) * factor * exponential_less_one(v));
     }
-    store_pack<N>(g.dmean + offset, mean, 0, N, true);
-    store_pack<N>(g.dlogvar + offset, logvar, 0, N, true);
+    store_global<N>(g.dmean + offset, mean, 0, N, true);
+    store_global<N>(g.dlogvar + offset, logvar, 0, N, true);
   }
   if (partial != nullptr) store_column_sums(c, walk, sum, partial, c.columns);
 }

@@ -76,14 +76,13 @@ __device__ __forceinline__ Pack<T, kLanes> load(const T* source) {
   return load_pack<kLanes>(source, 0, kLanes, true);
 }
 
-// Stores value(i) as element i. The opaque address keeps the compiler from moving it in a loop, whereupon it no longer
-// sees the alignment and stores element by element.
+// Stores value(i) as element i.
 template <int kLanes, typename T, typename Function>
 __device__ __forceinline__ void store(T* target, Function value) {
   Pack<T, kLanes> pack;
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) pack.value[i] = narrow<T>(value(i));
-  store_pack<kLanes>(opaque(target), pack, 0, kLanes, true);
+  store_global<kLanes>(target, pack, 0, kLanes, true);
 }
 
 // The weights of the fields: [factors] with stride 0, [batch, factors] with stride `factors`, or null for ones.

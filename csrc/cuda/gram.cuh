@@ -47,14 +47,13 @@ __device__ __forceinline__ Pack<T, kLanes> load_or_zero(const T* source, bool in
   return inside ? load_pack<kLanes>(source, 0, kLanes, true) : Pack<T, kLanes>{};
 }
 
-// Stores the `left` first elements of sums. The opaque address keeps the compiler from moving it in a loop, whereupon
-// it no longer sees the alignment and stores element by element.
+// Stores the `left` first elements of sums.
 template <int kLanes, typename T>
 __device__ __forceinline__ void store(T* target, const Accumulate<T> (&sum)[kLanes], int64_t left, bool aligned) {
   Pack<T, kLanes> pack;
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) pack.value[i] = narrow<T>(sum[i]);
-  store_pack<kLanes>(opaque(target), pack, 0, left, aligned);
+  store_global<kLanes>(target, pack, 0, left, aligned);
 }
 
 // Puts a pack into shared memory, in the statistics dtype.

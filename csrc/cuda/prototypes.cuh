@@ -433,7 +433,7 @@ __global__ void __launch_bounds__(kThreads, Weights::kNeedsScores ? kScoringBloc
             Pack<T, kVector> result;
 #pragma unroll
             for (int v = 0; v < kVector; ++v) result.value[v] = narrow<T>(total.value[v]);
-            store_pack<kVector>(out + (episode * row_count + row) * depth + d, result, 0, depth - d, e.aligned);
+            store_global<kVector>(out + (episode * row_count + row) * depth + d, result, 0, depth - d, e.aligned);
           } else {
             // This thread wrote the sum over the chunks before, so it may read it without a barrier.
             A* target = partial + ((split * e.episodes + episode) * row_count + row) * depth + d;
@@ -442,7 +442,7 @@ __global__ void __launch_bounds__(kThreads, Weights::kNeedsScores ? kScoringBloc
 #pragma unroll
               for (int v = 0; v < kVector; ++v) total.value[v] += before.value[v];
             }
-            store_pack<kVector>(target, total, 0, depth - d, e.aligned);
+            store_global<kVector>(target, total, 0, depth - d, e.aligned);
           }
         }
       }

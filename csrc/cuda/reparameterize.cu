@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) draw(Draw<T> d) {
     const A x = widen(operand.value[i]), deviation = exponential(A(0.5) * widen(logvar.value[i]));
     out.value[i] = narrow<T>(kBackward ? x * noise[i] * deviation * A(0.5) : x + deviation * noise[i]);
   }
-  store_pack<kNormals>(d.out + offset, out, 0, last, d.aligned);
+  store_global<kNormals>(d.out + offset, out, 0, last, d.aligned);
 }
 
 // Needs `seeds` > 0, a divisor of `size`.

@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kMaxResidentThreads)
         const A t = channel.modulated(channel.normalized(widen(pack.value[i])));
         pack.value[i] = narrow<T>(activate(t, m));
       }
-      store_pack<kLanes>(f.y + o, pack, row - o, row_end - o, aligned);
+      store_global<kLanes>(f.y + o, pack, row - o, row_end - o, aligned);
     }
   }
 }
@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(kThreads) apply(const T* x, T* y, Modulation<A
         const Channel<A>& own = channel[kLast ? i : 0];
         pack[u].value[i] = narrow<T>(activate(own.modulated(own.normalized(widen(pack[u].value[i]))), m));
       }
-      store_pack<kLanes>(y + at, pack[u], walk.first(at), walk.last(at), s.aligned);
+      store_global<kLanes>(y + at, pack[u], walk.first(at), walk.last(at), s.aligned);
     }
   }
 }
@@ -512,7 +512,7 @@ __global__ void __launch_bounds__(kMaxResidentThreads)
         x.value[i] =
             narrow<T>(rstd * (channel.gamma * element.dt - group_mean.beta - element.x_hat * group_mean.gamma));
       }
-      store_pack<kLanes>(f.dx + o, x, row - o, row_end - o, aligned);
+      store_global<kLanes>(f.dx + o, x, row - o, row_end - o, aligned);
     }
   }
 }
@@ -554,7 +554,7 @@ __global__ void __launch_bounds__(kThreads) piece_sums(Backward<T> f, Accumulate
         }
         x[u].value[i] = narrow<T>(channel[own].gamma * element.dt);
       }
-      if (m.groups == 0) store_pack<kLanes>(f.dx + at, x[u], first, last, s.aligned);
+      if (m.groups == 0) store_global<kLanes>(f.dx + at, x[u], first, last, s.aligned);
     }
   }
 #pragma unroll
@@ -634,7 +634,7 @@ __global__ void __launch_bounds__(kThreads) input_gradient(Backward<T> f, const 
         x[u].value[i] = narrow<T>(channel[own].rstd *
                                   (channel[own].gamma * element.dt - mean[own].beta - element.x_hat * mean[own].gamma));
       }
-      store_pack<kLanes>(f.dx + at, x[u], walk.first(at), walk.last(at), s.aligned);
+      store_global<kLanes>(f.dx + at, x[u], walk.first(at), walk.last(at), s.aligned);
     }
   }
 }

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward<T> f, Shape s
     expand(f.activation, f.parameter, a, phi);
 #pragma unroll
     for (int i = 0; i < N; ++i) pack.value[i] = narrow<T>(phi[i].value);
-    store_pack<N>(f.out + offset, pack, 0, last, aligned);
+    store_global<N>(f.out + offset, pack, 0, last, aligned);
     const T* source = f.tangents + (shape.shared ? walk.column : offset);
     T* target = f.out + rows + offset;
     for (int64_t k = 0; k < shape.tangents; k += kBatch) {
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward<T> f, Shape s
       for (int u = 0; u < kBatch; ++u) {
 #pragma unroll
         for (int i = 0; i < N; ++i) tangent[u].value[i] = narrow<T>(phi[i].slope * widen(tangent[u].value[i]));
-        store_pack<N>(target + (k + u) * rows, tangent[u], 0, k + u < shape.tangents ? last : 0, aligned);
+        store_global<N>(target + (k + u) * rows, tangent[u], 0, k + u < shape.tangents ? last : 0, aligned);
       }
     }
   }
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kThreads)
           grad[u].value[i] = narrow<T>(phi[i].slope * g);
         }
         const int64_t present = k + u < shape.tangents && !shape.shared ? last : 0;
-        store_pack<N>(f.dtangents + (k + u) * rows + offset, grad[u], 0, present, aligned);
+        store_global<N>(f.dtangents + (k + u) * rows + offset, grad[u], 0, present, aligned);
       }
     }
     auto pack = load_pack<N>(f.grad_primal + offset, 0, f.grad_primal ? last : 0, aligned);
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads)
       sum[i] += da;
       pack.value[i] = narrow<T>(da);
     }
-    store_pack<N>(f.dprimal + offset, pack, 0, last, aligned);
+    store_global<N>(f.dprimal + offset, pack, 0, last, aligned);
   }
   if (partial != nullptr) store_column_sums(c, walk, sum, partial, c.columns);
 }

@@ -242,12 +242,12 @@ __global__ void __launch_bounds__(kThreads)
     column[2].value[v] = present ? A(-0.5) * (lv + A(1.83787706640934548356)) : real ? A(0) : -infinity<A>();
     marginals.value[v] = present && log_marginals ? log_marginals[index] : infinity<A>();
   }
-  store_pack<kQuad>(b.z + thread * kQuad, row, 0, kQuad, true);
-  store_pack<kQuad>(b.mean + thread * kQuad, column[0], 0, kQuad, true);
-  store_pack<kQuad>(b.half_precision + thread * kQuad, column[1], 0, kQuad, true);
-  store_pack<kQuad>(b.constant + thread * kQuad, column[2], 0, kQuad, true);
+  store_global<kQuad>(b.z + thread * kQuad, row, 0, kQuad, true);
+  store_global<kQuad>(b.mean + thread * kQuad, column[0], 0, kQuad, true);
+  store_global<kQuad>(b.half_precision + thread * kQuad, column[1], 0, kQuad, true);
+  store_global<kQuad>(b.constant + thread * kQuad, column[2], 0, kQuad, true);
   if (log_marginals == nullptr) return;
-  store_pack<kQuad>(b.log_marginals + thread * kQuad, marginals, 0, kQuad, true);
+  store_global<kQuad>(b.log_marginals + thread * kQuad, marginals, 0, kQuad, true);
   if (quad == 0) {
     b.log_joint[e * b.padded + sample] = real ? log_joint[e * b.batch + sample] : infinity<A>();
   }
@@ -517,7 +517,7 @@ __global__ void __launch_bounds__(kSweepThreads)
         for (int v = 0; v < kQuad; ++v) total.value[v] += added.value[v];
       }
       A* target = partial + (piece * kResults + i) * b.size() + b.index(e, first_quad + quad, first_owner + owner);
-      store_pack<kQuad>(target, total, 0, kQuad, true);
+      store_global<kQuad>(target, total, 0, kQuad, true);
     }
   }
 }

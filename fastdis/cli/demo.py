@@ -15,7 +15,7 @@ from rich.table import Table
 from fastdis.cli.evaluate import measure
 from fastdis.cli.figures import draw_losses, draw_traversal, traversal_grid
 from fastdis.cli.progress import training_bar
-from fastdis.data import load, make_dsprites
+from fastdis.data import load_dsprites, make_dsprites
 from fastdis.data.atomic import atomic_path
 from fastdis.data.progress import progress_bar
 from fastdis.models import ProtoVAE
@@ -44,11 +44,11 @@ def demo(out: Path, steps: int, seed: int) -> None:
     sprites = out / "sprites.npz"
     with progress_bar("drawing ") as bar:
         make_dsprites(sprites, size=32, progress=bar, **GRID)  # type: ignore[arg-type]
-    dataset = load(sprites)
+    dataset = load_dsprites(sprites)
 
     torch.manual_seed(seed)
     model = ProtoVAE(channels=1, image_size=32, **MODEL)  # type: ignore[arg-type]
-    untrained = measure(model, dataset)
+    untrained = measure(model, dataset, metrics=["mig"])
     with training_bar("training") as callback:
         trainer = Trainer(
             model,
@@ -62,7 +62,7 @@ def demo(out: Path, steps: int, seed: int) -> None:
             callbacks=[callback],
         )
         history = trainer.fit()
-    trained = measure(model, dataset)
+    trained = measure(model, dataset, metrics=["mig"])
 
     with atomic_path(out / "metrics.json") as temporary:
         temporary.write_text(json.dumps({"step": steps, "trained": trained, "untrained": untrained}, indent=2) + "\n")

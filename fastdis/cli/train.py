@@ -8,7 +8,7 @@ import click
 import torch
 
 from fastdis.cli.progress import training_bar
-from fastdis.data import load
+from fastdis.data.formats import load_grid
 from fastdis.models import ProtoVAE
 from fastdis.training import Trainer
 
@@ -57,7 +57,7 @@ def protovae(
     if resume:
         _refuse_settings(context)
     where = _device(device)
-    dataset = load(data)
+    dataset = load_grid(data)
     with training_bar("training") as bar:
         if resume:
             trainer = Trainer.resume(

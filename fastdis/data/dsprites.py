@@ -1,4 +1,4 @@
-"""dSprites: the published file and sub-grids of it, read; and the same files, drawn from scratch.
+"""dSprites: the published files and sub-grids of it, read; and the same files, drawn from scratch.
 
 The drawing procedure reproduces the published images from their factors: every shape is a polygon whose corners are
 rounded to 1/256 of a pixel, and a pixel is white where its centre lies inside by the even-odd rule. Over the 737,280
@@ -7,24 +7,31 @@ published images of 64 x 64 it differs in some tens of pixels among three thousa
 
 from __future__ import annotations
 
-import operator
+import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from fastdis.data import hdf5, npz
 from fastdis.data.atomic import atomic_path
+from fastdis.data.cache import Cache, FoundImages, gather_images
 from fastdis.data.factor_dataset import FactorDataset
+from fastdis.data.grid import grid_values
+from fastdis.data.hdf5 import is_hdf5
+from fastdis.data.npy import read_header
+from fastdis.data.npz import read_array
+from fastdis.data.reading import Progress, reading, require_file
+from fastdis.data.selection import Selection, select
 
 FULL_SIZES = {"shape": 3, "scale": 6, "orientation": 40, "posX": 32, "posY": 32}
 SUB_PIXELS = 256
 
-Selection = int | Iterable[int] | None
-Progress = Callable[[int, int], None]
+EXPECTED = "dSprites .npz or .h5"
 
 
 def make_dsprites(
@@ -76,7 +83,8 @@ def make_dsprites(
     if size not in (32, 64):
         raise ValueError(f"size must be 32 or 64, got {size!r}")
     chosen = [
-        _select(values, name, full)
+        # Orientations come full circle: a number of them spreads over the turn without repeating its start.
+        select(values, name, full, period=full - 1 if name == "orientations" else None)
         for (name, values), full in zip(
             {"shapes": shapes, "scales": scales, "orientations": orientations, "x": x, "y": y}.items(),
             FULL_SIZES.values(),
@@ -121,77 +129,72 @@ def make_dsprites(
     return path
 
 
-def load_dsprites(path: str | os.PathLike[str]) -> FactorDataset:
-    """Read the published dSprites file, or a sub-grid of the same layout.
+def load_dsprites(
+    path: str | os.PathLike[str], *, cache: Cache = None, progress: bool | Progress = False
+) -> FactorDataset:
+    """Read the published dSprites file, ``.npz`` or ``.h5``, or a sub-grid of the same layout.
 
     Parameters
     ----------
     path : path-like
-        ``dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz``, or a file of :func:`make_dsprites`.
+        ``dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz``, its twin ``.h5`` (28,024,106 bytes, SHA-256
+        ``729fa22e884c9c500e1f17415d580746b4c5894fbbb780a1319bbcfa39a745bb``), or a file of :func:`make_dsprites`.
+    cache : bool or path-like, optional
+        Where the file is compressed: None reads the images into memory (3 GB for the whole set); True unpacks them once
+        into ``<path>.cache.npy`` beside the file, a path into that file, and memory-maps it, now and the next time.
+        A file that was not unpacked from ``path`` is never written over.
+    progress : bool or callable, optional
+        True shows a bar on stderr while packed images are read; a callable is called as
+        ``progress(images_done, images_in_all)``.
 
     Returns
     -------
     FactorDataset
-        The colour factor, which has one value, is dropped: five factors are left. Images are memory-mapped where the
-        file stores them uncompressed, and read into memory (3 GB for the whole set) where it does not.
+        Factors shape 3, scale 6, orientation 40, posX 32, posY 32 in the published file; images [64, 64] of zeros and
+        ones. The colour factor, which has one value, is dropped, as the field's studies do. Images are memory-mapped
+        where the file stores them uncompressed. ``factor_values`` are the file's.
 
     Raises
     ------
-    FileNotFoundError
+    FileNotFoundError, IsADirectoryError
         There is no such file.
     ValueError
-        The file is truncated or damaged, is not dSprites, or contradicts itself.
+        The file is truncated or damaged, is not dSprites, or contradicts itself; or the cache is some other file.
+    ImportError
+        The file is an ``.h5``, and h5py is not installed.
 
     Notes
     -----
-    The file holds its metadata as a pickle. Only the NumPy and built-in types the published file uses are unpickled;
-    a file that asks for anything else is refused.
+    Layout of the ``.npz``: ``imgs`` uint8 [n, 64, 64] of zeros and ones, ``latents_classes`` int64 [n, 6],
+    ``latents_values`` float64 [n, 6], ``metadata`` a pickled dict. Only the NumPy and built-in types that the published
+    pickle uses are unpickled; a file that asks for anything else is refused. Layout of the ``.h5``: ``imgs``,
+    ``latents/classes``, ``latents/values``. Its chunks hold 2 x 4 pixels of 23,040 images each, so that reading one
+    image unpacks 94 MB: it is therefore read whole or unpacked by ``cache``.
+
+    Images of orientation 0 and 39 are the same, 0 and 360 degrees, in the published set: no code can tell them apart.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a dSprites .npz")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            missing = {"imgs.npy", "latents_classes.npy", "metadata.npy"} - set(archive.namelist())
-            if missing:
-                names = ", ".join(sorted(name.removesuffix(".npy") for name in missing))
-                raise ValueError(f"it lacks {names}, which a dSprites file has")
-            metadata = _read_metadata(archive)
-            classes = _read_array(archive, "latents_classes")
-            images = _map_array(archive, path, "imgs")
-            if images is None:
-                images = _read_array(archive, "imgs")
-        return _dataset(images, classes, metadata)
-    except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError, OSError) as error:
-        raise ValueError(f"{path}: not a readable dSprites .npz ({error})") from error
+    require_file(path, EXPECTED)
+    read = _read_h5 if is_hdf5(path) else _read_npz
+    with reading(path, EXPECTED):
+        found, classes, values, sizes = read(path)
+        names = tuple(FULL_SIZES)
+        if len(classes) != found.shape[0] or math.prod(sizes) != len(classes):
+            raise ValueError(
+                f"it has {found.shape[0]} imgs and {len(classes)} latents, expected the grid of {math.prod(sizes)} "
+                f"that its factors {sizes} make"
+            )
+        grid = np.indices(sizes).reshape(len(sizes), -1).T
+        if not np.array_equal(classes[:, 1:], grid):
+            raise ValueError(f"its latents are not the grid of sizes {sizes} in order, the last factor fastest")
+        factor_values = None if values is None else grid_values(values[:, 1:], sizes)
+    images = gather_images(found, cache=cache, progress=progress)
+    if images[:: max(1, len(images) // 1000)].max() > 1:
+        raise ValueError(f"{path}: not a readable {EXPECTED} (its imgs hold values other than 0 and 1)")
+    return FactorDataset(images, sizes, names, max_value=1, factor_values=factor_values)
 
 
 # Drawing
-
-
-def _select(values: Selection, name: str, full: int) -> list[int]:
-    """Return positions on a factor's full grid."""
-    if values is None:
-        return list(range(full))
-    if isinstance(values, bool | str | bytes):
-        raise TypeError(f"{name} must be a whole number or an iterable of them, got {values!r}")
-    if isinstance(values, int | np.integer):
-        if not 1 <= values <= full:
-            raise ValueError(f"{name} must ask for 1 to {full} values, got {values}")
-        if values == full:
-            return list(range(full))
-        if name == "orientations":
-            return [round(i * (full - 1) / values) for i in range(values)]
-        if values == 1:
-            return [(full - 1) // 2]
-        return [round(i * (full - 1) / (values - 1)) for i in range(values)]
-    try:
-        positions = [operator.index(value) for value in values]
-    except TypeError as error:
-        raise TypeError(f"{name} must be a whole number or an iterable of them, got {values!r}") from error
-    if not positions or len(set(positions)) != len(positions) or not all(0 <= p < full for p in positions):
-        raise ValueError(f"{name} must hold distinct positions from 0 to {full - 1}, at least one, got {positions}")
-    return positions
 
 
 def _possible_values(chosen: list[list[int]]) -> dict[str, np.ndarray]:
@@ -287,20 +290,49 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    if np.lib.format.read_magic(member) == (1, 0):
-        return np.lib.format.read_array_header_1_0(member)
-    return np.lib.format.read_array_header_2_0(member)
+#: Images, latents_classes, latents_values where the file has them, and the sizes of the factors without the colour.
+Parts = tuple[FoundImages, np.ndarray, np.ndarray | None, tuple[int, ...]]
 
 
-def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
+def _read_npz(path: Path) -> Parts:
+    with zipfile.ZipFile(path) as archive:
+        missing = {"imgs.npy", "latents_classes.npy", "metadata.npy"} - set(archive.namelist())
+        if missing:
+            lacking = ", ".join(sorted(name.removesuffix(".npy") for name in missing))
+            raise ValueError(f"it lacks {lacking}, which a dSprites file has")
+        metadata = _read_metadata(archive)
+        names = tuple(str(name) for name in metadata["latents_names"])
+        sizes = tuple(int(size) for size in metadata["latents_sizes"])
+        if names != ("color", *FULL_SIZES) or len(sizes) != len(names) or sizes[0] != 1:
+            raise ValueError(
+                f"its factors are {names} of sizes {sizes}, expected {('color', *FULL_SIZES)} with one colour"
+            )
+        classes = read_array(archive, "latents_classes")
+        _require_six_columns(classes, "latents_classes")
+        values = read_array(archive, "latents_values") if "latents_values.npy" in archive.namelist() else None
+        return npz.find_images(archive, path, "imgs", ndim=3, expected=EXPECTED), classes, values, sizes[1:]
+
+
+def _read_h5(path: Path) -> Parts:
+    with hdf5.open_hdf5(path) as file:
+        classes = hdf5.require_array(file, "latents/classes")[...]
+        values = hdf5.require_array(file, "latents/values")[...]
+        _require_six_columns(classes, "latents/classes")
+        # The file does not say how many values a factor takes.
+        sizes = tuple(int(size) for size in classes.max(axis=0, initial=0) + 1)
+        if sizes[0] != 1:
+            raise ValueError(f"its latents/classes have {sizes[0]} colours, expected one")
+        return hdf5.find_images(file, path, "imgs", ndim=3, expected=EXPECTED), classes, values, sizes[1:]
+
+
+def _require_six_columns(classes: np.ndarray, name: str) -> None:
+    if classes.ndim != 2 or classes.shape[1] != 1 + len(FULL_SIZES) or classes.dtype.kind not in "iu":
+        raise ValueError(f"its {name} are {classes.dtype} {list(classes.shape)}, expected whole numbers [n, 6]")
 
 
 def _read_metadata(archive: zipfile.ZipFile) -> dict[str, Any]:
     with archive.open("metadata.npy") as member:
-        if not _read_header(member)[2].hasobject:
+        if not read_header(member)[2].hasobject:
             raise ValueError("its metadata is not a pickled dict")
         # The published file was pickled by Python 2; latin-1 keeps its byte strings, arrays among them, as they are.
         metadata = _PlainUnpickler(member, encoding="latin1").load()
@@ -309,35 +341,3 @@ def _read_metadata(archive: zipfile.ZipFile) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f"its metadata is not a dict but {type(metadata).__name__}")
     return metadata
-
-
-def _map_array(archive: zipfile.ZipFile, path: Path, name: str) -> np.ndarray | None:
-    """Memory-map a member that is stored uncompressed; None where it is compressed."""
-    info = archive.getinfo(f"{name}.npy")
-    if info.compress_type != zipfile.ZIP_STORED:
-        return None
-    with path.open("rb") as file:
-        file.seek(info.header_offset + 26)  # lengths of the file name and of the extra field in the local header
-        lengths = file.read(4)
-        file.seek(int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), os.SEEK_CUR)
-        shape, fortran_order, dtype = _read_header(file)
-        order: Any = "F" if fortran_order else "C"
-        return np.memmap(file, mode="r", dtype=dtype, shape=shape, order=order, offset=file.tell())
-
-
-def _dataset(images: np.ndarray, classes: np.ndarray, metadata: dict[str, Any]) -> FactorDataset:
-    """Check that the parts of a file agree, and put them together without the colour factor."""
-    names = tuple(str(name) for name in metadata["latents_names"])
-    sizes = tuple(int(size) for size in metadata["latents_sizes"])
-    if names != ("color", *FULL_SIZES) or len(sizes) != len(names) or sizes[0] != 1:
-        raise ValueError(f"its factors are {names} of sizes {sizes}, expected {('color', *FULL_SIZES)} with one colour")
-    if images.ndim != 3 or images.dtype != np.uint8:
-        raise ValueError(f"its imgs are {images.dtype} {list(images.shape)}, expected uint8 [n, height, width]")
-    if classes.shape != (len(images), len(sizes)):
-        raise ValueError(f"its latents_classes are {list(classes.shape)}, expected {[len(images), len(sizes)]}")
-    dataset = FactorDataset(images, sizes[1:], names[1:], max_value=1)
-    if not np.array_equal(classes[:, 1:], dataset.factors(np.arange(len(images))).numpy()):
-        raise ValueError("its latents_classes are not the grid of its latents_sizes in order, the last factor fastest")
-    if images[:: max(1, len(images) // 1000)].max() > 1:
-        raise ValueError("its imgs hold values other than 0 and 1")
-    return dataset

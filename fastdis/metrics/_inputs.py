@@ -24,9 +24,9 @@ def as_codes(codes: np.ndarray | Tensor, name: str = "codes") -> np.ndarray:
         raise ValueError(f"{name} must have shape [n, d] with at least one code, got {list(array.shape)}")
     if len(array) == 0:
         raise ValueError(f"{name} must have at least one row, got none")
-    finite = np.isfinite(array).all(axis=0)
+    finite = np.isfinite(array)
     if not finite.all():
-        columns = ", ".join(map(str, np.flatnonzero(~finite)))
+        columns = ", ".join(map(str, np.flatnonzero(~finite.all(axis=0))))
         raise ValueError(f"{name} must be finite, and hold NaN or infinity in column {columns}")
     return array.astype(np.float64)
 
@@ -67,4 +67,15 @@ def as_seed(seed: int) -> int:
         raise TypeError(f"seed must be a whole number, got {type(seed).__name__}") from error
     if not 0 <= number < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {number}")
+    return number
+
+
+def as_count(value: int, name: str, *, least: int = 1, most: int = 2**31 - 1) -> int:
+    """Return a whole number from ``least`` to ``most``, or say what it was."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}") from error
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be at least {least} and at most {most}, got {number}")
     return number

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from fastdis.metrics._histogram import as_bins, information
 from fastdis.metrics._inputs import as_codes, as_factors
 from fastdis.metrics.result import Result
 
@@ -49,7 +50,7 @@ def mig(codes: np.ndarray | Tensor, factors: np.ndarray | Tensor, *, bins: int =
     factors : integer, [n, K]
         The factors the images were made from. Any integers: only which are equal matters.
     bins : int, optional
-        Number of bins a code is cut into.
+        Number of bins a code is cut into, from 1 to 65536.
 
     Returns
     -------
@@ -60,15 +61,21 @@ def mig(codes: np.ndarray | Tensor, factors: np.ndarray | Tensor, *, bins: int =
     Raises
     ------
     TypeError
-        Codes are not real numbers, or factors not integers.
+        Codes are not real numbers, or factors or ``bins`` not integers.
     ValueError
-        Shapes do not fit, a code is NaN or infinite, a factor never varies (its gap would be 0 / 0), or
-        ``bins < 1``.
+        Shapes do not fit, a code is NaN or infinite, a factor never varies (its gap would be 0 / 0), or ``bins`` is
+        out of range.
 
     Notes
     -----
     A perfect code need not score 1: 20 bins do not tell the 32 values of a dSprites position apart, and the factors
-    themselves score 0.8955.
+    themselves score 0.8955. Few rows bias every mutual information upwards; the study [2]_ takes 10,000.
+
+    One pass over the rows, :math:`O(n d K)`; memory beside the input is 4 bytes for each code and each factor, and 8
+    for each cell of the histogram.
+
+    A widely used implementation scores nearly 0 for any code, because it reshapes its samples where it means to
+    transpose them; scores from it are not comparable.
 
     References
     ----------
@@ -77,46 +84,8 @@ def mig(codes: np.ndarray | Tensor, factors: np.ndarray | Tensor, *, bins: int =
     .. [2] F. Locatello et al. Challenging Common Assumptions in the Unsupervised Learning of Disentangled
        Representations. ICML 2019.
     """
-    codes_ = as_codes(codes)
-    factors_ = as_factors(factors, len(codes_))
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    n, d = codes_.shape
-    K = factors_.shape[1]
-    binned = np.stack([_discretize(codes_[:, j], bins) for j in range(d)], axis=1)
-
-    information = np.empty((d, K))
-    entropy = np.empty(K)
-    for k in range(K):
-        values, classes = np.unique(factors_[:, k], return_inverse=True)
-        # One histogram of all codes against this factor; the cells of code j start at j * bins * len(values).
-        cells = (np.arange(d) * bins + binned) * len(values) + classes.reshape(n, 1)
-        counts = np.bincount(cells.ravel(), minlength=d * bins * len(values)).reshape(d, bins, len(values))
-        share = np.bincount(classes.ravel()) / n
-        entropy[k] = -np.sum(share * np.log(share))
-        information[:, k] = _mutual_information(counts)
-
-    ranked = np.sort(np.concatenate([information, np.zeros((1, K))]), axis=0)
-    gaps = (ranked[-1] - ranked[-2]) / entropy
-    return MIGResult(float(gaps.mean()), information, entropy, gaps)
-
-
-def _discretize(code: np.ndarray, bins: int) -> np.ndarray:
-    """Return the bin of each value [n], from 0, cutting the code's range into equal widths."""
-    try:
-        edges = np.histogram_bin_edges(code, bins)
-    except ValueError:
-        # NumPy refuses a range too narrow to be cut into so many distinct bins.
-        return np.zeros(len(code), dtype=np.int64)
-    # Only the lower edges: the largest value belongs to the last bin, not to one of its own.
-    return np.searchsorted(edges[:-1], code, side="right") - 1
-
-
-def _mutual_information(counts: np.ndarray) -> np.ndarray:
-    """Return the plug-in mutual information [d], in nats, of joint counts [d, bins, values]."""
-    n = counts[0].sum()
-    independent = counts.sum(axis=2, keepdims=True) * counts.sum(axis=1, keepdims=True)
-    # Whole numbers up to here, so that a code that tells nothing gets ratios of exactly 1.
-    ratio = np.divide(counts * n, independent, out=np.ones(counts.shape), where=counts > 0)
-    # It is never negative; what rounding leaves below 0 is not information.
-    return np.maximum(np.sum(counts / n * np.log(ratio), axis=(1, 2)), 0.0)
+    codes = as_codes(codes)
+    factors = as_factors(factors, len(codes))
+    found = information(codes, factors, as_bins(bins))
+    gaps = (found.mutual.max(axis=0) - found.runner_up()) / found.factors
+    return MIGResult(float(gaps.mean()), found.mutual, found.factors, gaps)

@@ -23,7 +23,7 @@ def total_correlation(
     def log_density(value: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
         return -0.5 * ((value - mean).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
 
-    log_weights = log_importance_weights(z.shape[-2], dataset_size, estimator).to(z)
+    log_weights = log_importance_weights(z.shape[-2], dataset_size, estimator, z.device).to(z.dtype)
     pairs = log_density(z.unsqueeze(-2), mean.unsqueeze(-3), logvar.unsqueeze(-3))
     log_joint = torch.logsumexp(pairs.sum(-1) + log_weights, dim=-1)
     log_marginals = torch.logsumexp(pairs + log_weights.unsqueeze(-1), dim=-2).sum(-1)
@@ -36,17 +36,18 @@ def total_correlation(
     )
 
 
-def log_importance_weights(batch: int, dataset_size: int, estimator: str) -> Tensor:
+def log_importance_weights(batch: int, dataset_size: int, estimator: str, device: torch.device | None = None) -> Tensor:
     """``log w_ij`` [B, B], the weight of x_j in the estimate of q(z_i).
 
     mws: 1 / (B N) each. mss, with M = B - 1: 1 / N on the diagonal, (N - M) / (N M) right of it (cyclically), 1 / M
     elsewhere, so that rows sum to 1. The widely copied code puts the 1 / N into the first column instead.
     """
     if estimator == "mws":
-        return torch.full((batch, batch), -math.log(batch * dataset_size) if batch else 0.0, dtype=torch.float64)
+        value = -math.log(batch * dataset_size) if batch else 0.0
+        return torch.full((batch, batch), value, dtype=torch.float64, device=device)
     others = batch - 1
-    weights = torch.full((batch, batch), 1 / max(others, 1), dtype=torch.float64)
-    rows = torch.arange(batch)
+    weights = torch.full((batch, batch), 1 / max(others, 1), dtype=torch.float64, device=device)
+    rows = torch.arange(batch, device=device)
     weights[rows, (rows + 1) % max(batch, 1)] = (dataset_size - others) / (dataset_size * max(others, 1))
     weights[rows, rows] = 1 / dataset_size
     return weights.log()

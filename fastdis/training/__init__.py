@@ -1,7 +1,6 @@
-"""The training loop, its checkpoints, and what a trained model makes of a dataset."""
+"""The training loop and its checkpoints."""
 
 from fastdis.training.checkpoint import Checkpoint, load_checkpoint
-from fastdis.training.encoding import encode_dataset
 from fastdis.training.trainer import Trainer, TrainingDivergedError
 
-__all__ = ["Checkpoint", "Trainer", "TrainingDivergedError", "encode_dataset", "load_checkpoint"]
+__all__ = ["Checkpoint", "Trainer", "TrainingDivergedError", "load_checkpoint"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 
 import pytest
 
 import fastdis
 from fastdis.cli import main
-from fastdis.data import load, make_dsprites
+from fastdis.data import load, make_dsprites, make_shapes3d
 from fastdis.training import load_checkpoint
 
 SMALL = ["--shots", "1", "--queries", "1", "--latent-dim", "3", "--batch-size", "4"]
@@ -35,7 +36,7 @@ def fails(capsys, arguments, code, *words):
     *before, sentence = [line for line in err.splitlines() if line]
     assert sentence.startswith("fastdis: ")
     # A progress bar may stand above, where work had begun.
-    assert not before or before[0].startswith("training")
+    assert not before or before[0].startswith(("training", "encoding"))
     assert out == ""
     for word in words:
         assert str(word) in sentence
@@ -123,6 +124,49 @@ def test_make_dsprites_mistakes(capsys, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_make_shapes3d(capsys, tmp_path):
+    path = tmp_path / "new" / "grid.h5"
+    counts = ["--floor-hues", "2", "--wall-hues", "1", "--object-hues", "3", "--scales", "2", "--shapes", "4"]
+    command = ["data", "make", "shapes3d", str(path), "--size", "32", *counts, "--orientations", "5"]
+    assert main(command) == 0
+    assert f"{path}: 240 images of [3, 32, 32]" in capsys.readouterr().out
+    assert load(path).factor_sizes == (2, 1, 3, 2, 4, 5)
+    before = path.read_bytes()
+    fails(capsys, command, 2, path, "--overwrite")
+    assert path.read_bytes() == before
+    assert main([*command, "--overwrite", "--compress"]) == 0
+    assert len(path.read_bytes()) < len(before) / 3
+    assert load(path).factor_sizes == (2, 1, 3, 2, 4, 5)
+
+
+def test_make_shapes3d_mistakes(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "grid.h5"
+    fails(capsys, ["data", "make", "shapes3d", path, "--floor-hues", "11"], 1, "floor_hues", "1 to 10", "11")
+    fails(capsys, ["data", "make", "shapes3d", path, "--size", "128"], 2, "--size", "128")
+    fails(capsys, ["data", "make", "shapes3d", tmp_path / "grid.npz"], 2, ".h5", "grid.npz")
+    fails(capsys, ["data", "make", "cubes", path], 2, "cubes")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    fails(capsys, ["data", "make", "shapes3d", path, "--scales", "1"], 1, "h5py", "pip install 'fastdis[data]'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_info(capsys, monkeypatch, sprites, tmp_path):
+    path = make_shapes3d(tmp_path / "grid.h5", size=32, floor_hues=2, wall_hues=1, object_hues=1, scales=2, shapes=1)
+    assert main(["data", "info", str(path)]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"{path}: {load(path)}"
+    assert rest[0] == "  floor_hue: 0 to 0.5, 2 values"
+    assert rest[1] == "  wall_hue: 0"
+    assert rest[5] == "  orientation: -30 to 30, 15 values"
+    assert main(["data", "info", str(sprites)]) == 0
+    assert f"{sprites}: {load(sprites)}" in capsys.readouterr().out
+    fails(capsys, ["data", "info", tmp_path / "gone.h5"], 1, "gone.h5", "no such file")
+    (tmp_path / "notes.txt").write_text("mine")
+    fails(capsys, ["data", "info", tmp_path / "notes.txt"], 1, "notes.txt")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    fails(capsys, ["data", "info", path], 1, "h5py", "pip install 'fastdis[data]'")
+
+
 def test_train_and_evaluate(capsys, sprites, trained, tmp_path):
     assert sorted(file.name for file in trained.iterdir()) == ["checkpoint.pt", "history.json"]
     assert main(["evaluate", str(trained), str(sprites), "--out", str(tmp_path / "metrics.json")]) == 0
@@ -134,6 +178,24 @@ def test_train_and_evaluate(capsys, sprites, trained, tmp_path):
     assert metrics["factors"] == ["scale", "posX", "posY"]
     assert len(metrics["mig"]["mutual_information"]) == 3
     assert 0 <= metrics["mig"]["score"] <= 1
+    # Every metric is there: a grid lets them all be computed.
+    assert metrics["skipped"] == {}
+    assert {"beta_vae", "dci", "flatness", "infomec", "sap"} < set(metrics)
+    assert metrics["settings"]["left_out"] == ["shape", "orientation"]
+
+
+def test_evaluate_some_metrics(capsys, sprites, trained):
+    command = ["evaluate", str(trained), str(sprites), "--metrics", "mig, factor_vae"]
+    outputs = []
+    for seed in ("3", "3", "4"):
+        assert main([*command, "--seed", seed]) == 0
+        out, err = capsys.readouterr()
+        assert "32/32" in err
+        outputs.append(json.loads(out))
+    assert list(outputs[0]) == ["step", "images", "factors", "mig", "factor_vae", "skipped", "settings"]
+    assert outputs[0] == outputs[1]
+    assert outputs[0]["settings"]["options"]["factor_vae"]["seed"] == 3
+    assert outputs[2]["settings"]["seed"] == 4
 
 
 def test_options_reach_the_model(sprites, tmp_path):
@@ -181,10 +243,21 @@ def test_divergence_is_one_sentence(capsys, sprites, tmp_path):
     fails(capsys, command, 1, "term became", "at step", "smaller lr")
 
 
+def test_evaluate_says_what_to_install(capsys, monkeypatch, sprites, trained):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    fails(capsys, ["evaluate", trained, sprites, "--metrics", "explicitness"], 1, "pip install 'fastdis[metrics]'")
+    assert main(["evaluate", str(trained), str(sprites)]) == 0
+    assert "fastdis[metrics]" in json.loads(capsys.readouterr().out)["skipped"]["explicitness"]
+
+
 def test_evaluate_mistakes(capsys, sprites, trained, tmp_path):
     fails(capsys, ["evaluate", tmp_path / "gone", sprites], 1, "gone")
     fails(capsys, ["evaluate", tmp_path, sprites], 1, "checkpoint.pt")
     fails(capsys, ["evaluate", trained, tmp_path / "gone.npz"], 1, "gone.npz")
+    fails(capsys, ["evaluate", trained, sprites, "--metrics", "mig,migg"], 1, "'migg'", "factor_vae")
+    fails(capsys, ["evaluate", trained, sprites, "--metrics", ","], 1, "metrics must name at least one of")
+    fails(capsys, ["evaluate", trained, sprites, "--seed", "-1"], 1, "seed")
+    fails(capsys, ["evaluate", trained, sprites, "--batch-size", "0"], 1, "batch_size must be at least 1, got 0")
     fails(capsys, ["evaluate", trained, trained / "history.json"], 1, "history.json", "'.json'")
     (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
     fails(capsys, ["evaluate", tmp_path, sprites], 1, "not a readable checkpoint")

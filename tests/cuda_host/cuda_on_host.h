@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include <cxxabi.h>
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stddef.h>
@@ -19,6 +21,7 @@
 
 #include <cmath>
 #include <functional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -103,12 +106,15 @@ namespace fastdis::host {
 constexpr size_t kGuard = 1 << 20;  // inaccessible bytes on either side
 
 // `bytes` bytes of NaN that start `shift` bytes after an inaccessible page or, at_end, stop right before one, aligned
-// to `alignment`. free() says whether the bytes around them are still as they were.
+// to `alignment`. free() says whether the bytes around them are still as they were. Sparse ones are zeros instead, and
+// take memory only where something was written: they may be larger than the machine's.
 struct Guarded {
   unsigned char* map = nullptr;
   size_t inner = 0, offset = 0, bytes = 0;
+  unsigned char fill;
 
-  Guarded(size_t bytes, bool at_end, size_t alignment, size_t shift = 0) : bytes(bytes) {
+  Guarded(size_t bytes, bool at_end, size_t alignment, size_t shift = 0, bool sparse = false)
+      : bytes(bytes), fill(sparse ? 0 : 0xff) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     inner = (bytes + shift + page) / page * page;
     map = static_cast<unsigned char*>(
@@ -116,7 +122,7 @@ struct Guarded {
     if (map == MAP_FAILED || mprotect(map + kGuard, inner, PROT_READ | PROT_WRITE) != 0) {
       throw std::runtime_error("cannot map guarded memory");
     }
-    memset(map + kGuard, 0xff, inner);
+    if (!sparse) memset(map + kGuard, fill, inner);
     offset = at_end ? (inner - bytes) / alignment * alignment : shift;
   }
 
@@ -124,9 +130,8 @@ struct Guarded {
 
   bool free() {
     bool clean = true;
-    for (size_t i = 0; i < inner; ++i) {
-      if ((i < offset || i >= offset + bytes) && map[kGuard + i] != 0xff) clean = false;
-    }
+    for (size_t i = 0; i < offset; ++i) clean = clean && map[kGuard + i] == fill;
+    for (size_t i = offset + bytes; i < inner; ++i) clean = clean && map[kGuard + i] == fill;
     munmap(map, inner + 2 * kGuard);
     return clean;
   }
@@ -137,7 +142,9 @@ struct Guarded {
 // Runs one block at a time. Threads run until they reach a barrier or the end; a barrier opens when all have come.
 class Machine {
  public:
-  bool reversed = false;  // run blocks and threads from the last to the first
+  bool reversed = false;           // run blocks and threads from the last to the first
+  int64_t window = 0;              // unless 0: of each launch run only so many blocks at either end
+  std::set<std::string> launched;  // names of the kernels, as namespace::kernel
 
   void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body) {
     if (threads < 1 || threads > kMaxThreads || threads % kWarp != 0) throw std::runtime_error("bad block size");
@@ -154,6 +161,7 @@ class Machine {
     Guarded shared(static_cast<size_t>(shared_bytes), true, 16);
     if (sigsetjmp(escape_, 1) == 0) {
       for (int64_t i = 0; i < blocks; ++i) {
+        if (window > 0 && i == window && blocks > 2 * window) i = blocks - window;
         memset(shared.data(), 0xff, static_cast<size_t>(shared_bytes));
         shared_ = shared.data();
         blockIdx.x = static_cast<unsigned>(reversed ? blocks - 1 - i : i);
@@ -171,6 +179,18 @@ class Machine {
   [[noreturn]] void fail(const char* what) {
     failure_ = what;
     siglongjmp(escape_, 1);
+  }
+
+  // Remembers a kernel by its name, without its template's arguments and its function's parameters.
+  void remember(void* kernel) {
+    Dl_info info = {};
+    int status = 0;
+    if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) throw std::runtime_error("a kernel without a name");
+    char* whole = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
+    std::string name = whole != nullptr ? whole : info.dli_sname;
+    ::free(whole);
+    name = name.substr(0, name.find_first_of("<("));
+    launched.insert(name.substr(name.rfind(' ') + 1));
   }
 
   void block_barrier() { wait(kAtBlock, 0, static_cast<int>(blockDim.x)); }
@@ -297,6 +317,7 @@ template <typename... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, cudaStream_t,
             std::type_identity_t<Parameters>... arguments) {
   if (blocks == 0) return;
+  host::Machine::instance().remember(reinterpret_cast<void*>(kernel));
   host::Machine::instance().run(name, blocks, threads, shared, [&] { kernel(arguments...); });
 }
 

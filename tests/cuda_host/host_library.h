@@ -40,10 +40,12 @@ void dispatch(int dtype, Function function) {
   }
 }
 
+bool sparse() { return Machine::instance().window > 0; }
+
 // Runs function(scratch) on guarded scratch memory of `elements` elements.
 template <typename A, typename Function>
 void with_scratch(int64_t elements, Function function) {
-  Guarded memory(static_cast<size_t>(elements) * sizeof(A), true, 16);
+  Guarded memory(static_cast<size_t>(elements) * sizeof(A), true, 16, 0, sparse());
   try {
     function(reinterpret_cast<A*>(memory.data()));
   } catch (...) {
@@ -64,7 +66,7 @@ extern "C" {
 [[noreturn]] void __ubsan_handle_type_mismatch_v1(void*, void*) { Machine::instance().fail("misaligned access"); }
 
 void* guarded_allocate(size_t bytes, int at_end, int shift) {
-  return new Guarded(bytes, at_end != 0, 1, static_cast<size_t>(shift));
+  return new Guarded(bytes, at_end != 0, 1, static_cast<size_t>(shift), sparse());
 }
 void* guarded_data(void* memory) { return static_cast<Guarded*>(memory)->data(); }
 int guarded_free(void* memory) {
@@ -75,5 +77,15 @@ int guarded_free(void* memory) {
 }
 
 void set_reversed(int reversed) { Machine::instance().reversed = reversed != 0; }
+void set_window(int64_t window) { Machine::instance().window = window; }
+
+// The kernels launched since the last call, one a line.
+const char* launched_kernels() {
+  static std::string names;
+  names.clear();
+  for (const std::string& name : Machine::instance().launched) names += name + '\n';
+  Machine::instance().launched.clear();
+  return names.c_str();
+}
 
 }  // extern "C"

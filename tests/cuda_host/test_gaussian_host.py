@@ -8,12 +8,13 @@ import math
 
 import pytest
 import torch
-from harness import DTYPES, TOLERANCES, Arena, assert_near, call, statistics_dtype
+from harness import DTYPES, TOLERANCES, Arena, assert_near, call, kernels_of, launched, statistics_dtype
 
 from fastdis import reference
-from fastdis.reference.reparameterize import standard_normal
+from fastdis.reference.reparameterize import _philox, standard_normal
 
 SOURCE = "host_gaussian.cpp"
+FILES = ("gaussian_kl.cu", "reparameterize.cu", "sums.cuh")
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -150,3 +151,68 @@ def test_gaussian_kl_near_the_prior_keeps_its_digits(library):
     exact = reference.gaussian_kl(mean.double(), logvar.double(), reduction="none")
     divergence, _, _, _ = gaussian_kl(library, mean, logvar, None, torch.ones(4), "none")
     assert (divergence - exact).abs().max() < 1e-3 * exact.max()
+
+
+# ------------------------------------------------------------------------------------------------ both of them
+
+
+def test_no_kernel_is_left_out(library):
+    launched(library)
+    mean, logvar, weights = normal(5, 4, dtype=torch.float32), normal(5, 4, dtype=torch.float32), torch.ones(4)
+    for reduction in ("none", "mean"):
+        grad = torch.ones(5) if reduction == "none" else torch.ones(())
+        gaussian_kl(library, mean, logvar, weights, grad, reduction)
+    reparameterize(library, mean, logvar, torch.tensor([1]), mean)
+    assert launched(library) == kernels_of(*FILES)
+
+
+def test_reparameterize_beyond_32_bits(library):
+    runs, length, dtype = 2**18 + 1, 2**13, torch.bfloat16
+    with Arena(library, window=1) as memory:
+        mean, logvar, out = (memory.empty((runs, length), dtype) for _ in range(3))
+        seed = memory.empty((runs,), torch.int64)
+        seed[-1] = 1 << 50
+        mean[-1], logvar[-1] = normal(length, dtype=dtype), normal(length, dtype=dtype)
+        sizes = [ctypes.c_int64(mean.numel()), ctypes.c_int64(runs)]
+        call(library.reparameterize, 0, DTYPES[dtype], mean, logvar, seed, out, *sizes)
+        exact = reference.reparameterize(mean[-1].double(), logvar[-1].double(), seed[-1:])
+        assert_near(out[-1, -1024:], exact[-1024:], TOLERANCES[dtype], "draw")
+
+
+def test_one_run_of_noise_beyond_32_bits(library):
+    size, dtype = 2**31 + 8, torch.bfloat16
+    with Arena(library, window=1) as memory:
+        logvar, noise, out = (memory.empty((size,), dtype) for _ in range(3))
+        seed = memory.copy(torch.tensor([3]))
+        sizes = [ctypes.c_int64(size), ctypes.c_int64(1)]
+        call(library.reparameterize, 0, DTYPES[dtype], noise, logvar, seed, out, *sizes)
+        assert_near(out[-8:], standard_normal_at(size // 4 - 2, seed), TOLERANCES[dtype], "draw")
+
+
+def standard_normal_at(counter, seed):
+    """Return the noise of two counters, from Philox's words."""
+    low, zero = torch.arange(counter, counter + 2), torch.zeros(2, dtype=torch.int64)
+    words = torch.stack(_philox((low & 0xFFFFFFFF, low >> 32, zero, zero), seed)).double()
+    radius = (-2 * torch.log((words[::2] + 0.5) * 2.0**-32)).sqrt()
+    angle = 2 * math.pi * words[1::2] * 2.0**-32
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten(0, 1).T.flatten()
+
+
+def test_gaussian_kl_beyond_32_bits(library):
+    batch, latents, dtype = 2**27 + 8, 16, torch.bfloat16
+    with Arena(library, window=1) as memory:
+        mean, logvar, dmean, dlogvar = (memory.empty((batch, latents), dtype) for _ in range(4))
+        grad, out = memory.empty((batch,), dtype), memory.empty((batch,), dtype)
+        for tensor in (mean, logvar, grad):
+            tensor[-8:] = normal(*tensor[-8:].shape, dtype=dtype)
+        sizes = [ctypes.c_int64(batch), ctypes.c_int64(latents)]
+        for backward in (0, 1):
+            arrays = (grad, mean, logvar, None, out, dmean, dlogvar, None)
+            call(library.gaussian_kl, backward, DTYPES[dtype], *arrays, 0, *sizes, 200)
+        leaves = [t[-8:].double().requires_grad_() for t in (mean, logvar)]
+        exact = reference.gaussian_kl(*leaves, reduction="none")
+        gradients = torch.autograd.grad(exact, leaves, grad[-8:].double())
+        for name, ours, wanted in zip(
+            ("kl", "dmean", "dlogvar"), (out, dmean, dlogvar), (exact, *gradients), strict=True
+        ):
+            assert_near(ours[-8:], wanted, TOLERANCES[dtype], name)

@@ -7,11 +7,12 @@ import itertools
 
 import pytest
 import torch
-from harness import DTYPES, TOLERANCES, Arena, assert_near, call, statistics_dtype
+from harness import DTYPES, TOLERANCES, Arena, assert_near, call, kernels_of, launched, statistics_dtype
 
 from fastdis import reference
 
 SOURCE = "host_gradient_fields.cpp"
+FILES = ("ddim_step.cu", "disdiff_terms.cu", "gradient_fields.cuh", "sum_gradient_fields.cu")
 
 # Batch, factors, length, multiprocessors: few of the latter make large blocks, many make small ones. A warp takes 32
 # packs of 2, 4 or 8 elements, or of 1 where the length is no multiple of that; a block at most 8 warps; the products 4
@@ -262,3 +263,91 @@ def test_nan_and_inf_go_where_they_go_in_the_reference(library, value):
     expected = reference.disdiff_terms(x, noise, fields, selected, a, previous)
     for ours, exact in zip(terms(library, x, noise, fields, selected, a, previous, 4), expected, strict=True):
         torch.testing.assert_close(ours, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ all of them
+
+
+def test_no_kernel_is_left_out(library):
+    launched(library)
+    case = (2, 3, 40, 4)
+    test_sum_gradient_fields_matches_reference(library, torch.float32, case, "own")
+    test_ddim_step_matches_reference(library, torch.float32, case, True, "own")
+    test_ddim_step_gradients_match_autograd(library, torch.float32, case, None)
+    test_disdiff_terms_match_reference(library, torch.float32, case)
+    test_disdiff_gradients_match_autograd(library, torch.float32, case, (True, True, True))
+    assert launched(library) == kernels_of(*FILES)
+
+
+LARGE = (3, 2, 2**30 + 8)  # batch, factors, length
+TAIL = 2048 + 8  # elements of the last two blocks, of each of the two tensors that backward reads
+
+
+def ends(memory, *shapes):
+    """Return zeros in bfloat16, with normal numbers in the last elements of the last sample."""
+    tensors = [memory.empty(shape, torch.bfloat16) for shape in shapes]
+    for tensor in tensors:
+        tensor[-1, ..., -TAIL:] = normal((*tensor.shape[1:-1], TAIL), torch.bfloat16)
+    return tensors
+
+
+def end(tensor):
+    return tensor[-1:, ..., -TAIL:].double()
+
+
+def test_sum_gradient_fields_beyond_32_bits(library):
+    batch, _, length = LARGE
+    with Arena(library, window=2) as memory:
+        noise, fields, out, dfields = ends(memory, (batch, length), LARGE, (batch, length), LARGE)
+        coefficient, weights = memory.copy(normal(batch, torch.float32)), memory.copy(normal(LARGE[:2], torch.float32))
+        products = memory.empty(LARGE[:2], torch.float32)
+        sizes = (*long(LARGE[1], *LARGE), 100)
+        arrays = (DTYPES[noise.dtype], noise, fields, coefficient, weights)
+        call(library.sum_gradient_fields_forward, *arrays, out, *sizes)
+        leaves = leaves_of(end(noise), end(fields), coefficient[-1:], weights[-1:])
+        exact = reference.sum_gradient_fields(*leaves[:3], weights=leaves[3])
+        # With noise in the place of the gradient.
+        call(library.sum_gradient_fields_backward, *arrays, dfields, products, *sizes)
+        gradients = torch.autograd.grad(exact, leaves[1:], leaves[0].detach())
+        check(("out", "dfields"), (end(out).bfloat16(), end(dfields).bfloat16()), (exact, gradients[0]), "bfloat16")
+        assert_near(products[-1:] * coefficient[-1], gradients[2], 4e-6, "products")
+
+
+def test_ddim_step_beyond_32_bits(library):
+    batch, _, length = LARGE
+    row = (batch, length)
+    with Arena(library, window=2) as memory:
+        x, noise, eta, fields, *outputs = ends(memory, row, row, row, LARGE, row, row)
+        numbers = [memory.copy(t) for t in schedule(batch, torch.float32)]
+        sizes = long(0, *LARGE)
+        call(library.ddim_step_forward, DTYPES[x.dtype], x, noise, fields, eta, *numbers, None, *outputs, *sizes, 100)
+        last = [t[-1:].double() for t in numbers]
+        leaves = leaves_of(end(x), end(noise), end(fields), end(eta))
+        exact = reference.ddim_step(*leaves[:3], *last[:2], sigma=last[2], eta_noise=leaves[3])
+        check(("x_prev", "x0"), [end(t).bfloat16() for t in outputs], exact, "bfloat16")
+        # With x and noise in the places of the gradients; fields' is that of their sum.
+        gradients = torch.autograd.grad(exact, leaves, [leaves[0].detach(), leaves[1].detach()])
+        ours = [*outputs, memory.empty(row, x.dtype), eta]
+        call(library.ddim_step_backward, DTYPES[x.dtype], x, noise, *numbers, *ours, *long(batch, length), 100)
+        expected = (gradients[0], gradients[1], gradients[2][:, 0], gradients[3])
+        check(("dx", "dnoise", "dtotal", "deta"), [end(t).bfloat16() for t in ours], expected, "bfloat16")
+
+
+def test_disdiff_terms_beyond_32_bits(library):
+    batch, _, length = LARGE
+    row = (batch, length)
+    with Arena(library, window=2) as memory:
+        x, noise, fields, *outputs = ends(memory, row, row, LARGE, row, row, row)
+        numbers = [memory.copy(t) for t in schedule(batch, torch.float32)[:2]]
+        selected, weight = memory.copy(torch.ones(batch, dtype=torch.int64)), memory.empty((batch,), torch.float32)
+        arrays = (DTYPES[x.dtype], x, noise, fields, selected, *numbers, *outputs, weight)
+        call(library.disdiff_terms_forward, *arrays, *long(*LARGE), 100)
+        leaves, last = leaves_of(end(x), end(noise), end(fields)), [t[-1:].double() for t in numbers]
+        exact = reference.disdiff_terms(*leaves, selected[-1:], *last)
+        check(("shifted", "x0", "x0_selected"), [end(t).bfloat16() for t in outputs], exact[:3], "bfloat16")
+        assert_near(weight[-1:], exact[3] * (TAIL / length), 4e-6, "weight")
+        gradients = torch.autograd.grad(exact[:3], leaves, [*(leaf.detach() for leaf in leaves[:2]), end(outputs[2])])
+        dx, dnoise = outputs[:2]
+        arrays = (DTYPES[x.dtype], x, noise, outputs[2], selected, *numbers, dx, dnoise, fields)
+        call(library.disdiff_terms_backward, *arrays, *long(*LARGE), 100)
+        check(("dx", "dnoise", "dfields"), [end(t).bfloat16() for t in (dx, dnoise, fields)], gradients, "bfloat16")

@@ -6,12 +6,13 @@ import ctypes
 
 import pytest
 import torch
-from harness import DTYPES, TOLERANCES, Arena, assert_near, call, statistics_dtype
+from harness import DTYPES, TOLERANCES, Arena, assert_near, call, kernels_of, launched, statistics_dtype
 
 from fastdis import reference
 from fastdis.reference.isometry_penalty import KINDS
 
 SOURCE = "host_gram.cpp"
+FILES = ("common.cuh", "gram.cuh", "isometry_penalty.cu")
 
 # Batch, rows, depth, multiprocessors, of which MANY make the plan cut the depth. Rows on both sides of 4, 8, 12, 16,
 # where the kernel that holds them all changes, and of the 32 or 64 of a tile; depths on both sides of a slab of 64, of
@@ -165,3 +166,27 @@ def test_nan_and_inf_go_where_they_go_in_the_reference(library, kind, value, row
     loss, ours, _ = penalty(library, jacobian, kind, 1.0, 4)
     torch.testing.assert_close(ours, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, reference.isometry_penalty(jacobian, kind), equal_nan=True)
+
+
+def test_no_kernel_is_left_out(library):
+    launched(library)
+    for rows in (5, 20):
+        penalty(library, make_jacobian((1, rows, 4104), torch.float32), KINDS[0], 1.0, MANY)
+    assert launched(library) == kernels_of(*FILES)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_beyond_32_bits(library, rows):
+    batch, depth, dtype, splits = 2**21 // rows + 8, 1024, torch.bfloat16, ctypes.c_int64(0)
+    with Arena(library, window=2) as memory:
+        jacobian, out = (memory.empty((batch, rows, depth), dtype) for _ in range(2))
+        grad, ours = (memory.empty((batch, rows, rows), torch.float32) for _ in range(2))
+        jacobian[-1] = make_jacobian((rows, depth), dtype)
+        grad[-1] = torch.randn(rows, rows)
+        common = (DTYPES[dtype], *sizes(jacobian.shape, False))
+        call(library.jacobian_gram_forward, common[0], jacobian, ours, *common[1:], MANY, ctypes.byref(splits))
+        call(library.jacobian_gram_backward, common[0], grad, jacobian, out, *common[1:])
+        own, own_grad = jacobian[-1].double(), grad[-1].double()
+        assert_near(ours[-1], own @ own.mT, TOLERANCES[torch.float32], "gram")
+        # The last two blocks work on the end of the depth.
+        assert_near(out[-1, :, -8:], ((own_grad + own_grad.mT) @ own)[:, -8:], TOLERANCES[dtype], "dJ")

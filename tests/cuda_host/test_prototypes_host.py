@@ -6,11 +6,12 @@ import ctypes
 
 import pytest
 import torch
-from harness import DTYPES, TOLERANCES, Arena, assert_near, call, statistics_dtype
+from harness import DTYPES, TOLERANCES, Arena, assert_near, call, kernels_of, launched, statistics_dtype
 
 from fastdis import reference
 
 SOURCE = "host_prototypes.cpp"
+FILES = ("common.cuh", "prototype_distances.cu", "prototypes.cuh", "prototypical_loss.cu")
 REDUCTIONS = ("none", "mean", "sum")
 
 # Episodes, queries, prototypes, depth, multiprocessors: many of the latter make the plans cut columns and depth.
@@ -176,3 +177,40 @@ def test_an_access_outside_an_array_is_reported(library):
         too_many = [ctypes.c_int64(value) for value in (1, 6, 3, 8)]
         with pytest.raises(AssertionError, match="access outside an array"):
             call(library.prototype_distances, 0, 0, q_, p_, grad, grad, None, None, *too_many, 4)
+
+
+def test_no_kernel_is_left_out(library):
+    launched(library)
+    case = (1, 40, 6, 1600, 8)
+    test_prototype_distances_match_reference(library, case, torch.float32)
+    test_prototypical_loss_matches_reference(library, case, torch.float32)
+    assert launched(library) == kernels_of(*FILES)
+
+
+def test_beyond_32_bits(library):
+    dtype = torch.bfloat16
+    case = (2**19 + 1, 64, 4, 64, 4)
+    own_q, own_p, own_labels = make_episodes((1, *case[1:]), dtype)
+    with Arena(library, window=4) as memory:
+        q, dq = (memory.empty((*case[:2], case[3]), dtype) for _ in range(2))
+        p, dp = (memory.empty((case[0], case[2], case[3]), dtype) for _ in range(2))
+        grad, distances = (memory.empty(case[:3], dtype) for _ in range(2))
+        loss_grad, loss = (memory.empty(case[:2], dtype) for _ in range(2))
+        labels, logsumexp = memory.empty(case[:2], torch.int64), memory.empty(case[:2], torch.float32)
+        q[-1], p[-1], labels[-1] = own_q[0], own_p[0], own_labels[0]
+        grad[-1], loss_grad[-1] = torch.randn(case[1:3]), torch.randn(case[1])
+        leaves = [q[-1:].double().requires_grad_(), p[-1:].double().requires_grad_()]
+        common = (*sizes(q, p), case[4])
+        for backward in (0, 1):
+            arrays = (q, p, grad, distances, dq, dp)
+            call(library.prototype_distances, backward, DTYPES[dtype], *arrays, *common)
+        exact = exact_gradients(reference.prototype_distances(*leaves), leaves, grad[-1:])
+        for name, ours, wanted in zip(("distances", "dq", "dp"), (distances, dq, dp), exact, strict=True):
+            assert_near(ours[-1:], wanted, TOLERANCES[dtype], name)
+        for backward in (0, 1):
+            arrays = (q, p, labels, loss_grad, loss, logsumexp, dq, dp, REDUCTIONS.index("none"))
+            call(library.prototypical_loss, backward, DTYPES[dtype], *arrays, *common)
+        output = reference.prototypical_loss(*leaves, own_labels, reduction="none")
+        exact = exact_gradients(output, leaves, loss_grad[-1:])
+        for name, ours, wanted in zip(("loss", "dq", "dp"), (loss, dq, dp), exact, strict=True):
+            assert_near(ours[-1:], wanted, TOLERANCES[dtype], name)

@@ -7,11 +7,12 @@ import itertools
 
 import pytest
 import torch
-from harness import DTYPES, TOLERANCES, Arena, assert_near, call, statistics_dtype
+from harness import DTYPES, TOLERANCES, Arena, assert_near, call, kernels_of, launched, statistics_dtype
 
 from fastdis import reference
 
 SOURCE = "host_style_modulation.cpp"
+FILES = ("style_modulation.cu",)
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu")
 WHOLE = 1 << 20  # bytes of shared memory that hold every group of these tests
 NONE = 0  # and that hold no group
@@ -161,3 +162,53 @@ def test_style_modulation_lets_nan_and_inf_through(library, layout, shared, grou
         )
         expected = reference.style_modulation(x, ones, ones, groups=groups, activation=activation, negative_slope=0.2)
         torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_no_kernel_is_left_out(library):
+    launched(library)
+    for shared in (WHOLE, NONE):
+        check_style_modulation(library, (2, 4, 5, 7), groups=2, layout="contiguous", shared=shared)
+    assert launched(library) == kernels_of(*FILES)
+
+
+# Channels first and last, with and without normalisation: the tensor has more than 2^31 elements, the group or, without
+# groups, what a block works through few.
+@pytest.mark.parametrize(
+    ("layout", "groups", "shape"),
+    [
+        ("contiguous", "C", (2, 2**20 + 8, 1024)),
+        ("contiguous", 0, (2, 2**20 + 8, 1024)),
+        ("channels_last", 0, (2, 2**20 + 8, 1024)),
+    ],
+)
+def test_style_modulation_beyond_32_bits(library, layout, groups, shape):
+    batch, channels, spatial = shape
+    last, dtype = layout == "channels_last", torch.bfloat16
+    groups = channels if groups == "C" else groups
+    own = torch.randn(2, 8, spatial, dtype=torch.float64).to(dtype)  # x and dy of the last channels
+    resident, long = ctypes.c_int(0), ctypes.c_int64
+    with Arena(library, window=2) as memory:
+        stored = (batch, spatial, channels) if last else shape
+        x, dy, y, dx = (memory.empty(stored, dtype) for _ in range(4))
+
+        def end(tensor):
+            return tensor[-1, :, -8:].mT if last else tensor[-1, -8:]
+
+        end(x).copy_(own[0])
+        end(dy).copy_(own[1])
+        scale, shift, dscale, dshift = (memory.empty((batch, channels), torch.float32) for _ in range(4))
+        mean, rstd = (memory.empty((batch, groups), torch.float32) for _ in range(2))
+        scale[-1, -8:], shift[-1, -8:] = torch.randn(2, 8)
+        sizes = [long(value) for value in (*shape, groups)]
+        rest = [int(last), 1e-5, ACTIVATIONS.index("silu"), 0.0, 4, long(WHOLE), ctypes.byref(resident)]
+        for backward, first, out in ((0, None, y), (1, dy, dx)):
+            arrays = (first, x, out, mean, rstd, scale, shift, None, None, dscale, dshift, None, None)
+            call(library.style_modulation, backward, DTYPES[dtype], *arrays, *sizes, *rest)
+        leaves = [t.double().requires_grad_() for t in (own[:1], scale[-1:, -8:], shift[-1:, -8:])]
+        exact = reference.style_modulation(*leaves, groups=8 if groups else 0, activation="silu")
+        gradients = torch.autograd.grad(exact, leaves, own[1:].double())
+        # A block works on a single channel, or on several: the last one is always the last block's.
+        assert_near(end(y)[-1], exact.detach()[0, -1], TOLERANCES[dtype], "y")
+        assert_near(end(dx)[-1], gradients[0][0, -1], TOLERANCES[dtype], "dx")
+        for name, ours, wanted in zip(("dscale", "dshift"), (dscale, dshift), gradients[1:], strict=True):
+            assert_near(ours[-1, -1], wanted[0, -1], TOLERANCES[torch.float32], name)

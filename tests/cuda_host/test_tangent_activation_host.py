@@ -7,12 +7,13 @@ import itertools
 
 import pytest
 import torch
-from harness import DTYPES, TOLERANCES, Arena, assert_near, call
+from harness import DTYPES, TOLERANCES, Arena, assert_near, call, kernels_of, launched
 
 from fastdis import reference
 from fastdis.reference.tangent_activation import ACTIVATIONS
 
 SOURCE = "host_tangent_activation.cpp"
+FILES = ("sums.cuh", "tangent_activation.cu")
 PARAMETERS = {"leaky_relu": 0.2, "elu": 0.7, "softplus": 1.5}
 NAMES = tuple(ACTIVATIONS)
 PIECEWISE_LINEAR = ("none", "relu", "leaky_relu")
@@ -146,3 +147,29 @@ def test_a_batch_in_many_pieces(library):
     for activation, shared in itertools.product(("relu", "silu"), (False, True)):
         check(library, (1100, 3), 2, torch.float64, activation, shared=shared, biased=True, multiprocessors=64)
         check(library, (300, 5, 7), 2, torch.float32, activation, shared=shared, biased=True, multiprocessors=64)
+
+
+def test_no_kernel_is_left_out(library):
+    launched(library)
+    check(library, (3, 5), 2, torch.float32, "silu", shared=True, biased=True)
+    assert launched(library) == kernels_of(*FILES)
+
+
+def test_beyond_32_bits(library):
+    shape, tail, dtype = (3, 1, 4, 2**28 + 8), 256, torch.bfloat16
+    with Arena(library, window=2) as memory:
+        rows, grad, out, drows = (memory.empty(shape, dtype) for _ in range(4))
+        bias, dbias = memory.copy(normal(4, dtype=dtype)), memory.empty((4,), dtype)
+        for tensor in (rows, grad):
+            tensor[:, :, -1, -tail:] = normal(3, 1, tail, dtype=dtype)
+        sizes = [ctypes.c_int64(n) for n in (1, *shape[2:], 2)]
+        rest = [0, NAMES.index("silu"), 0.0, 4]
+        arrays = (rows[0], rows[1:], bias, out, drows[0], drows[1:], None, None)
+        call(library.tangent_activation, 0, DTYPES[dtype], None, None, *arrays, *sizes, *rest)
+        arrays = (grad[0], grad[1:], rows[0], rows[1:], bias, out, drows[0], drows[1:], None, dbias)
+        call(library.tangent_activation, 1, DTYPES[dtype], *arrays, *sizes, *rest)
+        leaf = rows[:, :, -1:, -tail:].double().requires_grad_()
+        exact = reference.tangent_activation(leaf, None, bias[-1:].double(), activation="silu")
+        (gradient,) = torch.autograd.grad(exact, leaf, grad[:, :, -1:, -tail:].double())
+        assert_near(out[:, :, -1:, -tail:], exact.detach(), TOLERANCES[dtype], "out")
+        assert_near(drows[:, :, -1:, -tail:], gradient, TOLERANCES[dtype], "drows")

@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from harness import DTYPES, Arena, assert_near, call, statistics_dtype
+from harness import DTYPES, TOLERANCES, Arena, assert_near, call, kernels_of, launched, statistics_dtype
 
 from fastdis import reference
 from fastdis.reference.total_correlation import ESTIMATORS, log_importance_weights
 
 SOURCE = "host_total_correlation.cpp"
+FILES = ("sums.cuh", "total_correlation.cu")
 DATASET = 1000
 
 
@@ -152,3 +153,32 @@ def test_an_infinitely_far_row_has_log_densities_of_minus_infinity(library):
     actual = total_correlation(library, z, mean, logvar, torch.ones(3, 1), "mws")
     for name, ours, expected in zip(NAMES[3:5], actual[3:5], exact[3:5], strict=True):
         assert_near(ours, expected, 1e-5, name)
+
+
+def test_no_kernel_is_left_out(library):
+    launched(library)
+    check(library, (1, 5, 3), torch.float32, "mws")
+    assert launched(library) == kernels_of(*FILES)
+
+
+def test_beyond_32_bits(library):
+    shape, dtype = (2**22 + 1, 64, 8), torch.bfloat16
+    own = torch.randn(3, 1, *shape[1:], dtype=torch.float64).to(dtype)
+    with Arena(library, window=8) as memory:
+        inputs, gradients = ([memory.empty(shape, dtype) for _ in range(3)] for _ in range(2))
+        for tensor, values in zip(inputs, own, strict=True):
+            tensor[-1:] = values
+        grad, terms = memory.empty((3, shape[0]), torch.float32), memory.empty((3, shape[0]), torch.float32)
+        grad[:, -1] = torch.randn(3)
+        log_sums = memory.empty(shape[:2], torch.float32), memory.empty(shape, torch.float32)
+        rest = (*(ctypes.c_int64(size) for size in (*shape, DATASET)), ESTIMATORS.index("mss"), 4)
+        for backward in (0, 1):
+            arrays = (*inputs, grad, *terms, *log_sums, *gradients)
+            call(library.total_correlation, backward, DTYPES[dtype], *arrays, *rest)
+        ours = [*(term[-1:] for term in terms), *(t[-1:] for t in (*log_sums, *gradients))]
+        exact = expected_results(*own, grad[:, -1:], "mss", torch.float64)
+        # The other two terms of the last episode are in the middle of what the last kernel writes.
+        for name, result, wanted in list(zip(NAMES, ours, exact, strict=True))[2:]:
+            assert_near(
+                result, wanted, TOLERANCES[dtype if name.startswith("d") and name != "dwkl" else torch.float32], name
+            )

@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 
+import h5py
 import numpy as np
 import pytest
 
@@ -297,3 +298,80 @@ def test_full_set_has_the_published_totals(tmp_path):
     assert abs(white.sum() - 128_328_862) <= 100
     share = white / 4096
     assert np.sqrt(share * (1 - share) * 4096 / 4095).mean() == pytest.approx(0.19516645880626055, abs=1e-6)
+
+
+def test_values_are_those_of_the_file(small):
+    dataset = load(small)
+    values = np.load(small)["latents_values"]
+    assert np.array_equal(dataset.values(range(len(dataset))).numpy(), values[:, 1:])
+    assert dataset.factor_values[0].tolist() == [1, 2, 3]
+
+
+def test_files_without_values_are_read(small, tmp_path):
+    assert load(rewrite(small, tmp_path / "bare.npz", latents_values=None)).factor_values is None
+
+
+def test_values_that_contradict_the_classes(small, tmp_path):
+    values = np.load(small)["latents_values"]
+    values[7, 2] += 0.1
+    with pytest.raises(ValueError, match=r"odd\.npz.*values of factor 1"):
+        load(rewrite(small, tmp_path / "odd.npz", latents_values=values))
+
+
+def write_h5(source, path, *, leave_out=(), **options):
+    """Write the published HDF5 twin of an npz."""
+    archive = np.load(source)
+    arrays = {"imgs": "imgs", "latents/classes": "latents_classes", "latents/values": "latents_values"}
+    with h5py.File(path, "w") as file:
+        for name, old in arrays.items():
+            if name not in leave_out:
+                file.create_dataset(name, data=archive[old], **(options if name == "imgs" else {}))
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (50, 2, 4), "compression": "gzip"}])
+def test_hdf5_twin(small, tmp_path, options):
+    dataset = load(write_h5(small, tmp_path / "twin.h5", **options))
+    same = load(small)
+    assert np.array_equal(dataset.images, same.images)
+    assert isinstance(dataset.images, np.memmap) == (not options)
+    assert dataset.factor_sizes == same.factor_sizes
+    assert dataset.factor_names == same.factor_names
+    assert dataset.max_value == 1
+    assert np.array_equal(dataset.values(range(9)), same.values(range(9)))
+    assert np.array_equal(load_dsprites(tmp_path / "twin.h5", cache=True).images, same.images)
+
+
+@pytest.mark.parametrize("name", ["imgs", "latents/classes", "latents/values"])
+def test_hdf5_twin_with_a_part_missing(small, tmp_path, name):
+    with pytest.raises(ValueError, match=rf"part\.h5: not a readable dSprites .*lacks the array {name}"):
+        load_dsprites(write_h5(small, tmp_path / "part.h5", leave_out=(name,)))
+
+
+def test_hdf5_twin_that_contradicts_itself(small, tmp_path):
+    path = write_h5(small, tmp_path / "odd.h5")
+    for name, change, message in (
+        ("latents/classes", lambda array: array[::-1], "last factor fastest"),
+        ("latents/classes", lambda array: array[:, :5], "whole numbers"),
+        ("latents/classes", lambda array: array + 0.5, "whole numbers"),
+        ("latents/classes", lambda array: array + np.eye(1, 6, dtype=int), "2 colours"),
+        ("latents/classes", lambda array: array[:100], "100 latents"),
+        ("latents/values", lambda array: array[:100], "factor values"),
+        ("imgs", lambda array: array * 255, "other than 0 and 1"),
+        ("imgs", lambda array: array.astype(float), "float64"),
+    ):
+        with h5py.File(path, "r+") as file:
+            whole = file[name][...]
+            del file[name]
+            file[name] = change(whole)
+        with pytest.raises(ValueError, match=message) as caught:
+            load(path)
+        assert "odd.h5" in str(caught.value)
+        with h5py.File(path, "r+") as file:
+            del file[name]
+            file[name] = whole
+
+
+def test_folder_instead_of_a_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="a folder; expected a dSprites"):
+        load_dsprites(tmp_path)

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from fastdis.metrics import mig
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return np.load(GOLDEN / "metrics_inputs.npz"), json.loads((GOLDEN / "metrics.json").read_text())
 
 
 @pytest.fixture
@@ -83,6 +75,25 @@ def test_score_ignores_order_shift_and_scale(golden):
     shuffle = np.random.default_rng(0).permutation(len(codes))
     assert mig(codes[shuffle][:, ::-1], factors[shuffle]).score == pytest.approx(score, abs=1e-12)
     assert mig(codes * 4 - 8, factors * 3 - 7).score == pytest.approx(score, abs=1e-3)
+
+
+def test_score_ignores_the_names_of_values_and_the_scale_of_codes(golden):
+    inputs, _ = golden
+    codes, factors = inputs["test_identity5"].astype(float), inputs["ys_test"]
+    names = np.random.default_rng(1).permutation(40) * 10**15 - 7 * 10**15
+    assert mig(codes, names[factors]).score == pytest.approx(mig(codes, factors).score, abs=1e-12)
+    # Powers of two leave the bins exactly as they are.
+    assert mig(codes * 2.0**-600, factors).score == mig(codes, factors).score
+    assert mig(codes * 2.0**1018, factors).score == mig(codes, factors).score
+
+
+def test_fewer_rows_than_bins():
+    factor = np.array([0, 1, 2]).reshape(3, 1)
+    assert mig(factor, factor, bins=1000).score == pytest.approx(1)
+
+
+def test_one_bin_tells_nothing(factors):
+    assert mig(factors, factors, bins=1).score == 0
 
 
 def test_score_averages_the_gaps(golden):
@@ -156,8 +167,12 @@ def test_input_that_does_not_fit(codes, factors, error, message):
 
 
 def test_bins_must_be_positive(factors):
-    with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="bins must be at least 1 and at most 65536, got 0"):
         mig(factors, factors, bins=0)
+    with pytest.raises(ValueError, match="got 65537"):
+        mig(factors, factors, bins=65537)
+    with pytest.raises(TypeError, match="bins must be a whole number, got float"):
+        mig(factors, factors, bins=20.0)
 
 
 def test_result_goes_into_json_and_cannot_be_changed(factors):

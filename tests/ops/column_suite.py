@@ -6,6 +6,7 @@ process can run, and compares with the reference in float64.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,11 +16,15 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import fastdis
 from fastdis.ops import _backends
 
 INTERPRETED = _backends.triton_interpreted()
-DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]
+# Interpreted kernels take tensors of the CPU alone.
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
@@ -90,6 +95,12 @@ def runnable_backends(name: str, device: str) -> list[str]:
     return [b for b in reversed(_backends.BACKENDS) if (b, device) in column.choices]
 
 
+def suite_of(name: str) -> ColumnSuite:
+    """The suite of a registered column, found through the column's test file."""
+    module = importlib.import_module(f"test_{name}")
+    return next(v for v in vars(module).values() if isinstance(v, type) and getattr(v, "name", None) == name)()
+
+
 class ColumnSuite:
     """Subclass as ``class TestName(ColumnSuite)`` and define ``op``, ``reference``, ``name`` and ``samples()``."""
 
@@ -116,16 +127,17 @@ class ColumnSuite:
             elif "empty" not in metafunc.function.__name__ and "values" not in metafunc.function.__name__:
                 samples = [s for s in samples if not s.empty]
             metafunc.parametrize("sample", samples, ids=lambda s: s.name)
-        if "device" in names:
+        if "backend" in names:
+            pairs = [(d, b) for d in DEVICES for b in runnable_backends(cls.name, d)]
+            if "values" not in metafunc.function.__name__:
+                # The reference is torch's own operations and its own autograd.
+                pairs = [(d, b) for d, b in pairs if b != "reference" or runnable_backends(cls.name, d) == [b]]
+            metafunc.parametrize(("device", "backend"), pairs)
+        elif "device" in names:
             metafunc.parametrize("device", DEVICES)
         if "dtype" in names:
             dtypes = [d for d in DTYPES if not (INTERPRETED and d == torch.bfloat16)]
             metafunc.parametrize("dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))
-        if "backend" in names:
-            backends = runnable_backends(cls.name, DEVICES[0])
-            if "values" not in metafunc.function.__name__ and len(backends) > 1:
-                backends.remove("reference")  # torch's own operations, its own autograd
-            metafunc.parametrize("backend", backends)
 
     def call(self, sample: Sample, backend: str) -> Callable[..., Tensor]:
         return lambda **tensors: type(self).op(**tensors, **sample.options, backend=backend)
@@ -206,6 +218,20 @@ class ColumnSuite:
         ours = outputs_and_gradients(self.call(sample, backend), strange, {})
         for name, value in wanted.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5 * (1 + value.abs().max().item()))
+
+    def test_nothing_is_made_on_another_device(self, sample, monkeypatch):
+        """A tensor left on the CPU fails on every GPU: the meta device shows it without one."""
+        column = _backends.columns()[self.name]
+        backend = next(iter(column.kernels), "reference")
+        monkeypatch.setitem(column.choices, (backend, "meta"), backend)
+        public = getattr(fastdis, self.name)  # a suite's own may seed
+        leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in sample.to(torch.float32, "meta").items()}
+        with DevicesSeen() as seen:
+            outputs = outputs_of(public(**leaves, **sample.options, backend=backend))
+            outputs = [o for o in outputs if o.requires_grad]
+            wanted = [t for t in leaves.values() if t.requires_grad]
+            torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs])
+        assert seen.types == {"meta"}
 
     def test_expanded_output_gradient(self, sample, backend, device):
         leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in sample.to(torch.float64, device).items()}
@@ -376,6 +402,19 @@ def relaid(tensor: Tensor, layout: str) -> Tensor:
     padded = torch.full((tensor.numel() + 3,), 99, dtype=tensor.dtype, device=tensor.device)
     padded[3:] = tensor.reshape(-1)
     return padded[3:].view(tensor.shape)
+
+
+class DevicesSeen(TorchDispatchMode):
+    """The types of devices on which operations leave their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.types.update(t.device.type for t in tree_leaves(result) if isinstance(t, Tensor))
+        return result
 
 
 def suite_environment(**variables: str) -> dict[str, str]:

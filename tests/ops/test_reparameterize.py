@@ -56,7 +56,8 @@ class TestReparameterize(ColumnSuite):
             torch.manual_seed(5)
             mapped = torch.func.vmap(torch.func.grad(loss, (0, 1)), (0, None), randomness=randomness)(stack, logvar)
             torch.manual_seed(5)
-            seeds = torch.randint(2**63 - 1, (1, 1) if randomness == "same" else (3, 1)).expand(3, 1)
+            size = (1, 1) if randomness == "same" else (3, 1)
+            seeds = torch.randint(2**63 - 1, size, device=device).expand(3, 1)
             for i in range(3):
                 for a, b in zip(mapped, torch.func.grad(exact, (0, 1))(stack[i], logvar, seeds[i]), strict=True):
                     torch.testing.assert_close(a[i], b)

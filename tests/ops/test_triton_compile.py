@@ -5,10 +5,14 @@ to compile for. A new column is compiled by being registered: its suite's sample
 """
 
 import importlib
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from column_suite import INTERPRETED, ColumnSuite
+from column_suite import DTYPES, INTERPRETED, suite_of
 from torch import Tensor
 
 from fastdis.ops import _backends
@@ -22,11 +26,10 @@ pytestmark = [
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16",
             torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
 SHARED_MEMORY = 99 * 1024  # what a block may have on sm_86 and sm_89, the least of the architectures since sm_80
-
-
-def suite_of(name: str) -> ColumnSuite:
-    module = importlib.import_module(f"test_{name}")
-    return next(v for v in vars(module).values() if isinstance(v, type) and getattr(v, "name", None) == name)()
+REGISTERS = 64 * 1024  # of a multiprocessor, in all of them
+WARP = 32
+# Bytes that a thread may spill: none. A kernel that cannot do without is named here, and the reason given.
+SPILL_BUDGET: dict[str, int] = {}
 
 
 def type_of(value) -> str:
@@ -37,6 +40,23 @@ def type_of(value) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def specialised(kernel, values: dict) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes, as the launcher derives them from the arguments.
+
+    Ones are constants. Pointers, allocated by torch, and multiples of 16 allow for wide accesses.
+    """
+    constexpr = {p.name for p in kernel.params if p.is_constexpr}
+    constants, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if name in constexpr or value is None or (type(value) is int and value == 1):
+            constants[name] = value
+        elif isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    signature = {name: "constexpr" if name in constants else type_of(values[name]) for name in kernel.arg_names}
+    return signature, constants, attributes
+
+
 def launches_of(name: str, dtype: torch.dtype, monkeypatch) -> dict:
     """Every distinct launch in the forward and backward passes of the samples: what to compile, by a key."""
     from triton.runtime.jit import JITFunction
@@ -45,12 +65,10 @@ def launches_of(name: str, dtype: torch.dtype, monkeypatch) -> dict:
 
     def record(kernel, *arguments, grid, warmup=False, **keywords):
         values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
-        constexpr = {p.name for p in kernel.params if p.is_constexpr}
-        constants = {k: values[k] for k in kernel.arg_names if k in constexpr or values[k] is None}
-        signature = {k: "constexpr" if k in constants else type_of(values[k]) for k in kernel.arg_names}
+        signature, constants, attributes = specialised(kernel, values)
         options = {k: v for k, v in values.items() if k not in kernel.arg_names}
-        key = (kernel.__name__, str(signature), str(constants), str(options))
-        found[key] = (kernel, signature, constants, options)
+        key = (kernel.__name__, str(signature), str(constants), str(options), str(attributes))
+        found[key] = (kernel, signature, constants, attributes, options)
 
     monkeypatch.setattr(JITFunction, "run", record)
     module, suite = importlib.import_module(f"fastdis.kernels.{name}"), suite_of(name)
@@ -63,26 +81,62 @@ def launches_of(name: str, dtype: torch.dtype, monkeypatch) -> dict:
     return found
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", _backends.columns())
-def test_triton_kernels_compile(name, dtype, capability, monkeypatch):
+def largest(launches: dict) -> Iterator[tuple]:
+    """Of the launches of a kernel with one signature, the one with the largest blocks: the others differ in shapes."""
+    chosen = {}
+    for (kernel_name, *_), launch in launches.items():
+        _, signature, constants, _, _ = launch
+        key = (
+            kernel_name,
+            *(("constant",) if v == "constexpr" and not k.isupper() else v for k, v in signature.items()),
+        )
+        size = sum(v for k, v in constants.items() if k.startswith("BLOCK"))
+        if size >= chosen.get(key, (0,))[0]:
+            chosen[key] = (size, launch)
+    return (launch for _, launch in chosen.values())
+
+
+def compiled(launch: tuple, capability: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel, signature, constants, attributes, options = launch
+    constexprs = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+
+
+def tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def resources(kernel, folder: Path) -> tuple[int, int]:
+    """Registers of a thread, and the bytes that it spills."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage.stdout)[1]) for word in ("REG", "STACK"))
+    if stack == 0:
+        return registers, 0
+    # A stack is also what a subroutine of a 64-bit division takes; the assembler tells which.
+    ptx = folder / "kernel.ptx"
+    ptx.write_text(kernel.asm["ptx"])
+    architecture = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
+    report = subprocess.run([tool("ptxas"), "-v", f"--gpu-name={architecture}", str(ptx), "-o", str(cubin)],
+                            capture_output=True, text=True, check=True)  # fmt: skip
+    return registers, sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", report.stderr))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", _backends.columns())
+def test_triton_kernels_compile_within_their_budgets(name, dtype, capability, monkeypatch, tmp_path):
     launches = launches_of(name, dtype, monkeypatch)
     assert launches
-    # Of the launches of a kernel with one signature, the one with the largest blocks: the others differ in shapes only.
-    chosen = {}
-    for (kernel_name, signature, *_), launch in launches.items():
-        size = sum(v for v in launch[2].values() if isinstance(v, int))
-        if size >= chosen.get((kernel_name, signature), (0,))[0]:
-            chosen[kernel_name, signature] = (size, launch)
-    for _, (kernel, signature, constants, options) in chosen.values():
-        compiled = triton.compile(
-            ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}),
-            target=GPUTarget("cuda", capability, 32),
-            options=options,
-        )
-        assert compiled.asm["cubin"], kernel.__name__
-        assert compiled.metadata.shared <= SHARED_MEMORY, kernel.__name__
+    for launch in largest(launches):
+        kernel = compiled(launch, capability)
+        what = f"{launch[0].__name__} {launch[2]}"
+        registers, spilled = resources(kernel, tmp_path)
+        assert kernel.metadata.shared <= SHARED_MEMORY, what
+        assert registers * WARP * kernel.metadata.num_warps <= REGISTERS, what
+        assert spilled <= SPILL_BUDGET.get(f"{name}.{launch[0].__name__}", 0), f"{spilled} bytes: {what}"

@@ -11,7 +11,7 @@ import torch
 
 from fastdis.data import FactorDataset
 from fastdis.models import VAE, ProtoVAE
-from fastdis.training import Trainer, TrainingDivergedError, encode_dataset, load_checkpoint
+from fastdis.training import Trainer, TrainingDivergedError, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -215,18 +215,3 @@ def test_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize("batch_size", [1, 5, 16, 100])
-def test_codes_of_a_dataset(dataset, batch_size):
-    net = model(VAE)
-    codes = encode_dataset(net, dataset, batch_size)
-    assert codes.shape == (16, 3)
-    assert not codes.requires_grad
-    assert net.training
-    torch.testing.assert_close(codes, net(dataset.batch(range(16))).detach())
-
-
-def test_codes_need_a_batch(dataset):
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        encode_dataset(model(VAE), dataset, 0)
