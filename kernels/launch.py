@@ -84,13 +84,14 @@ def launch(run: Callable[[Tile], Result], tiling: Tiling, like: Tensor, *sizes: 
         What the time depends on. One search serves all sizes that the same powers of two cover.
     """
     with on_device(like):
-        if not tuning or _capturing(like):
+        if not tuning:
             return run(tiling.tile)
         tiles = dict(neighbours(tiling))
         key = (run.__module__, run.__qualname__, like.device, like.dtype, *map(triton.next_power_of_2, sizes))
-        if key not in _fastest:
+        # Nothing can be timed while a CUDA graph is being recorded.
+        if key not in _fastest and not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
             _fastest[key] = min(tiles, key=lambda shift: milliseconds(run, tiles[shift], like))
-        return run(tiles.get(_fastest[key], tiling.tile))
+        return run(tiles.get(_fastest.get(key, (0, 0)), tiling.tile))
 
 
 def neighbours(tiling: Tiling) -> Iterator[tuple[tuple[int, int], Tile]]:
@@ -115,8 +116,3 @@ def milliseconds(run: Callable[[Tile], object], tile: Tile, like: Tensor) -> flo
 
 def _doubled(value: int, times: int) -> int:
     return value << times if times >= 0 else value >> -times
-
-
-def _capturing(like: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, in which nothing can be timed."""
-    return like.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -167,7 +167,7 @@ def backward(
             rows = layout.width if groups > 0 else 32
             _merge_gradients_kernel[(triton.cdiv(layout.rows, rows),)](
                 *partials, dgamma, dbeta, *means, scale, weight, layout.rows, rows, splits, layout.period,
-                layout.width * layout.size, BLOCK_R=32, BLOCK_K=block(splits, 64),
+                layout.width * layout.size, BLOCK_R=32, BLOCK_K=block(splits, 128 // scale.element_size()),
             )  # fmt: skip
         if groups > 0:
             _input_gradient_kernel[grid](dy, x, dx, *stats, *means, *affine, *layout.sizes, **act, **tile)

@@ -172,10 +172,10 @@ def _planes(
 def _tiling(plane: Tensor, programs_per_row: int, most: int) -> Tiling:
     """Tile of [BLOCK_O, BLOCK_R]: samples to write for, at most so many, and samples to sum over at a time.
 
-    Numbers of twice the size leave registers for half as many. Programs for every SM come before larger tiles.
+    Of float64, whose exponentials need registers as well, a quarter. Programs for every SM come before larger tiles.
     """
     batch = plane.shape[-1]
-    block_o = block(max(batch * programs_per_row // FULL_GRID, 1), 4 * most // plane.element_size())
+    block_o = block(max(batch * programs_per_row // FULL_GRID, 1), most if plane.element_size() == 4 else most // 4)
     block_r = block(batch, 512)
     tile = {"BLOCK_O": block_o, "BLOCK_R": block_r, "num_warps": max(block_r // 128, 1)}
     return Tiling(tile, "BLOCK_R", 32, block(batch, 1024))

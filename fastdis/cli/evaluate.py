@@ -24,7 +24,7 @@ from fastdis.training import load_checkpoint
     "--metrics", help="Names, with commas between: mig,dci,factor_vae ...  [default: all that can be computed]"
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Names all that is drawn at random.")
-@click.option("--batch-size", type=int, default=256, show_default=True, help="Images encoded at once.")
+@click.option("--batch-size", type=int, default=128, show_default=True, help="Images encoded at once.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the metrics there too.")
 def evaluate(run_dir: Path, data: Path, metrics: str | None, seed: int, batch_size: int, out: Path | None) -> None:
     """Print, as JSON, the metrics of the model in RUN_DIR on all images of DATA."""
@@ -49,7 +49,7 @@ def measure(
     *,
     metrics: Iterable[str] | None = None,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 128,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Return the metrics of a model on all images of a dataset, each under its name, over the factors that vary."""

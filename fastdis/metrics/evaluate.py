@@ -243,7 +243,7 @@ def evaluate_model(
     test: int = 5_000,
     replace: bool = False,
     options: Options | None = None,
-    batch_size: int = 256,
+    batch_size: int = 128,
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,
     progress: bool = False,

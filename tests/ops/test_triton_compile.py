@@ -28,8 +28,17 @@ POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp1
 SHARED_MEMORY = 99 * 1024  # what a block may have on sm_86 and sm_89, the least of the architectures since sm_80
 REGISTERS = 64 * 1024  # of a multiprocessor, in all of them
 WARP = 32
-# Bytes that a thread may spill: none. A kernel that cannot do without is named here, and the reason given.
-SPILL_BUDGET: dict[str, int] = {}
+# Bytes that a thread may spill: none, but for these kernels. In them the assembler puts a register or two aside before
+# a loop and takes them back behind it, which brings the others down to the next step of occupancy: 56, 64, 72 or 128.
+SPILL_BUDGET = {
+    ("_center_kernel", torch.float64): 4,
+    ("_combine_kernel", torch.float64): 4,
+    ("_distances_kernel", torch.float64): 4,
+    ("prototypical_loss._gradient_kernel", torch.float64): 8,
+    ("prototypical_loss._gradient_kernel", torch.float16): 4,
+    ("prototypical_loss._gradient_kernel", torch.bfloat16): 4,
+    ("tangent_activation._forward_kernel", torch.float64): 4,
+}
 
 
 def type_of(value) -> str:
@@ -57,8 +66,11 @@ def specialised(kernel, values: dict) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
-def launches_of(name: str, dtype: torch.dtype, monkeypatch) -> dict:
-    """Every distinct launch in the forward and backward passes of the samples: what to compile, by a key."""
+def launches_of(name: str, dtype: torch.dtype, monkeypatch, interpreted: bool = False) -> dict:
+    """Every distinct launch in the forward and backward passes of the samples: what to compile, by a key.
+
+    Of all samples, or of those alone that the interpreter runs too.
+    """
     from triton.runtime.jit import JITFunction
 
     found = {}
@@ -73,7 +85,7 @@ def launches_of(name: str, dtype: torch.dtype, monkeypatch) -> dict:
     monkeypatch.setattr(JITFunction, "run", record)
     module, suite = importlib.import_module(f"fastdis.kernels.{name}"), suite_of(name)
     for sample in suite.samples():
-        if sample.empty:
+        if sample.empty or (interpreted and not sample.interpreted):
             continue
         calls = suite.recorded_calls(sample, "cpu", "cpu", dtype=dtype)
         for (_, arguments), run in zip(calls, (module.forward, module.backward), strict=True):
@@ -139,4 +151,38 @@ def test_triton_kernels_compile_within_their_budgets(name, dtype, capability, mo
         registers, spilled = resources(kernel, tmp_path)
         assert kernel.metadata.shared <= SHARED_MEMORY, what
         assert registers * WARP * kernel.metadata.num_warps <= REGISTERS, what
-        assert spilled <= SPILL_BUDGET.get(f"{name}.{launch[0].__name__}", 0), f"{spilled} bytes: {what}"
+        own = launch[0].__name__
+        budget = SPILL_BUDGET.get((own, dtype), SPILL_BUDGET.get((f"{name}.{own}", dtype), 0))
+        assert spilled <= budget, f"{spilled} bytes: {what}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _backends.columns())
+def test_every_tile_that_tuning_may_try_compiles(name, monkeypatch):
+    from fastdis.kernels import launch
+
+    monkeypatch.setattr(launch, "tuning", True)
+    monkeypatch.setattr(launch, "_fastest", {})
+    for tiled in launches_of(name, torch.float32, monkeypatch, interpreted=True).values():
+        assert compiled(tiled, 90).metadata.shared <= SHARED_MEMORY, f"{tiled[0].__name__} {tiled[2]}"
+
+
+def test_the_interpreter_meets_every_kernel(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    import fastdis.kernels
+
+    launched = set()
+    for name in _backends.columns():
+        for kernel, *_ in launches_of(name, torch.float32, monkeypatch, interpreted=True).values():
+            launched.add((kernel.fn.__module__, kernel.fn.__name__))
+    kernels = set()
+    for path in Path(fastdis.kernels.__file__).parent.glob("*.py"):
+        module = importlib.import_module(
+            f"fastdis.kernels.{path.stem}" if path.stem != "__init__" else "fastdis.kernels"
+        )
+        functions = [f.fn for f in vars(module).values() if isinstance(f, JITFunction)]
+        # Functions with other names are called by kernels.
+        kernels |= {(f.__module__, f.__name__) for f in functions if f.__name__.endswith("_kernel")}
+    assert len(kernels) > 25
+    assert launched == kernels
