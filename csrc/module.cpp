@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "core/threads.h"
 #include "host/boosting.h"
+#include "host/classes.h"
 #include "host/hinge.h"
 #include "host/histogram.h"
 #include "host/logistic.h"
@@ -74,6 +76,52 @@ int64_t check_classes(const Classes& classes, const Classes& sizes, int64_t n) {
   return sum;
 }
 
+constexpr int64_t most_rows = UINT32_MAX;
+
+// (classes [K, n], sizes [K], values: a list of K arrays)
+py::tuple dense_classes(const py::array_t<int64_t, py::array::c_style>& factors, int threads) {
+  check_that(factors.ndim() == 2, "factors must be [n, K]");
+  const int64_t n = factors.shape(0), K = factors.shape(1);
+  check_that(n <= INT32_MAX, "there must be fewer than 2**31 rows");
+  Classes classes({K, n}), sizes(K);
+  int32_t *classes_out = classes.mutable_data(), *sizes_out = sizes.mutable_data();
+  std::vector<std::vector<int64_t>> values(K);
+  {
+    const py::gil_scoped_release release;
+    fastdis::parallel_ranges(K, 1, n * K < 100'000 ? 1 : threads, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        values[k] = fastdis::host::dense_classes(factors.data() + k, K, n, classes_out + k * n);
+        sizes_out[k] = static_cast<int32_t>(values[k].size());
+      }
+    });
+  }
+  py::list all;
+  for (const auto& of_factor : values) all.append(py::array_t<int64_t>(of_factor.size(), of_factor.data()));
+  return py::make_tuple(classes, sizes, all);
+}
+
+// (rows [K, n], starts: of each factor one more than it has classes)
+py::tuple group_rows(const Classes& classes, const Classes& sizes, int threads) {
+  check_that(classes.ndim() == 2, "classes must be [K, n]");
+  const int64_t K = classes.shape(0), n = classes.shape(1);
+  const int64_t sum = check_classes(classes, sizes, n);
+  check_that(n <= most_rows, "there must be fewer than 2**32 rows");
+  py::array_t<uint32_t> rows({K, n});
+  py::array_t<int64_t> starts(sum + K);
+  uint32_t* rows_out = rows.mutable_data();
+  std::vector<int64_t*> starts_out(K + 1, starts.mutable_data());
+  for (int64_t k = 0; k < K; ++k) starts_out[k + 1] = starts_out[k] + sizes.data()[k] + 1;
+  {
+    const py::gil_scoped_release release;
+    fastdis::parallel_ranges(K, 1, n * K < 100'000 ? 1 : threads, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        fastdis::host::group_rows(classes.data() + k * n, n, sizes.data()[k], rows_out + k * n, starts_out[k]);
+      }
+    });
+  }
+  return py::make_tuple(rows, starts);
+}
+
 py::array_t<int32_t> discretize(const Reals& codes, const Reals& edges, int threads) {
   check_that(codes.ndim() == 2, "codes must be [d, n]");
   const int64_t d = codes.shape(0), n = codes.shape(1);
@@ -119,6 +167,7 @@ py::array_t<double> segment_spread(const Reals& codes, const Classes& classes, c
   check_that(codes.ndim() == 2, "codes must be [d, n]");
   check_that(quantile >= 0 && quantile <= 1, "quantile must be from 0 to 1");
   const int64_t d = codes.shape(0), n = codes.shape(1);
+  check_that(n <= most_rows, "there must be fewer than 2**32 rows");
   py::array_t<double> spread({d, check_classes(classes, sizes, n)});
   double* out = spread.mutable_data();
   const py::gil_scoped_release release;
@@ -190,7 +239,7 @@ fastdis::host::Groups check_groups(const Reals& codes, const Rows& rows, const P
   check_that(codes.ndim() == 2 && codes.shape(0) > 0 && codes.shape(1) > 0, "codes must be [n, d]");
   check_that(rows.ndim() == 2 && rows.shape(0) > 0 && rows.shape(1) == codes.shape(0), "rows must be [K, n]");
   const int64_t K = rows.shape(0), n = rows.shape(1);
-  check_that(n <= UINT32_MAX, "there must be fewer than 2**32 rows");
+  check_that(n <= most_rows, "there must be fewer than 2**32 rows");
   check_that(first.ndim() == 1 && first.shape(0) == K + 1 && first.data()[0] == 0 && starts.ndim() == 1 &&
                  first.data()[K] == starts.shape(0),
              "first must be [K + 1], from 0 to the number of starts");
@@ -255,23 +304,27 @@ Reals neighbour_information(const Reals& codes, const Classes& classes, int64_t 
   return information;
 }
 
-// Returns (loss, gradient [classes, features]).
-py::tuple multinomial_loss(const Reals& x, const py::array_t<int32_t, py::array::c_style>& y, const Reals& w,
-                           const Reals& W, int threads) {
-  check_that(x.ndim() == 2 && x.shape(1) % 8 == 0, "x must be [n, padded_features], a multiple of 8");
-  check_that(W.ndim() == 2 && W.shape(0) >= 1 && W.shape(1) <= x.shape(1), "W must be [classes, features]");
+using fastdis::host::MultinomialLoss;
+
+MultinomialLoss multinomial_loss(const Reals& x, const py::array_t<int32_t, py::array::c_style>& y, const Reals& w,
+                                 int64_t classes) {
+  check_that(x.ndim() == 2 && x.shape(1) >= 1 && classes >= 1, "x must be [n, features], and classes positive");
   check_that(y.size() == x.shape(0) && w.size() == x.shape(0), "y and w must be [n]");
-  for (py::ssize_t i = 0; i < y.size(); ++i)
-    check_that(y.data()[i] >= 0 && y.data()[i] < W.shape(0), "y must be from 0 to classes - 1");
-  Reals gradient({int64_t{W.shape(0)}, int64_t{W.shape(1)}});
+  return {x.data(), y.data(), w.data(), x.shape(0), x.shape(1), classes};
+}
+
+// Returns (loss, gradient [classes, features]).
+py::tuple evaluate(const MultinomialLoss& loss, const Reals& W, int threads) {
+  check_that(W.ndim() == 2 && W.shape(0) == loss.classes() && W.shape(1) == loss.features(),
+             "W must be [classes, features]");
+  Reals gradient({loss.classes(), loss.features()});
   double* out = gradient.mutable_data();
-  double loss;
+  double value;
   {
     const py::gil_scoped_release release;
-    loss = fastdis::host::multinomial_loss(x.data(), y.data(), w.data(), W.data(), x.shape(0), W.shape(1), x.shape(1),
-                                           W.shape(0), threads, out);
+    value = loss(W.data(), threads, out);
   }
-  return py::make_tuple(loss, gradient);
+  return py::make_tuple(value, gradient);
 }
 
 // Coloured 3D shapes. A scene and a geometry are the numbers of the structs of the same names, in their order.
@@ -314,6 +367,8 @@ void shapes3d_images(const Weights& weights, const Weights& colors, py::array_t<
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What this build of fastdis holds.";
   m.def("build_info", &build_info, "Compiler, torch, CUDA and instruction-set levels, as a dict.");
+  m.def("dense_classes", &dense_classes, py::arg("factors"), py::arg("threads"));
+  m.def("group_rows", &group_rows, py::arg("classes"), py::arg("sizes"), py::arg("threads"));
   m.def("discretize", &discretize, py::arg("codes"), py::arg("edges"), py::arg("threads"));
   m.def("joint_histogram", &joint_histogram, py::arg("rows"), py::arg("limit"), py::arg("columns"), py::arg("sizes"),
         py::arg("threads"));
@@ -339,8 +394,9 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("neighbour_information", &neighbour_information, py::arg("codes"), py::arg("classes"), py::arg("neighbours"),
         py::arg("threads"));
-  m.def("multinomial_loss", &multinomial_loss, py::arg("x"), py::arg("y"), py::arg("w"), py::arg("W"),
-        py::arg("threads"));
+  py::class_<MultinomialLoss>(m, "MultinomialLoss")
+      .def(py::init(&multinomial_loss), py::arg("x"), py::arg("y"), py::arg("w"), py::arg("classes"))
+      .def("__call__", &evaluate, py::arg("W"), py::arg("threads"));
   m.def("shapes3d_weights", &shapes3d_weights, py::arg("scene"), py::arg("geometries"), py::arg("size"),
         py::arg("samples"), py::arg("threads"),
         "What floor, wall and object give to each pixel, uint16 [geometries, 3, size * size].");

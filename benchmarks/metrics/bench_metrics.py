@@ -214,7 +214,8 @@ CASES = [
     Case("explicitness", SPLIT, lambda given: metrics.explicitness(*given.split).score, explicitness, 1e-3),
     *(
         Case(
-            name, on, partial(on_rows, getattr(metrics, name), whole), on_grid(name, function, **sizes), tolerance, 50,
+            name, on, partial(on_rows, getattr(metrics, name), whole), on_grid(name, function, **sizes), tolerance,
+            None if whole else 50,
         )
         for name, function, sizes in (
             ("beta_vae", "compute_beta_vae_sklearn", {"num_train": 10_000, "num_eval": 5_000}),

@@ -167,4 +167,23 @@ FASTDIS_INLINE float logarithm(float x) {
   return logarithm_near_one(mantissa - 1.0f) + static_cast<float>(exponent) * 0x1.62e430p-1f;
 }
 
+FASTDIS_INLINE double logarithm(double x) {
+  const int64_t bits = bit_cast<int64_t>(x);
+  const int64_t exponent = (bits - 0x3fe6a09e667f3bcd) >> 52;  // of x / sqrt(1/2)
+  const double mantissa = bit_cast<double>(bits - (exponent << 52));
+  const double s = (mantissa - 1.0) / (mantissa + 1.0);  // log((1 + s) / (1 - s)) = 2 (s + s^3 / 3 + s^5 / 5 + ...)
+  const double square = s * s;
+  double p = 1.0 / 21.0;
+  p = p * square + 1.0 / 19.0;
+  p = p * square + 1.0 / 17.0;
+  p = p * square + 1.0 / 15.0;
+  p = p * square + 1.0 / 13.0;
+  p = p * square + 1.0 / 11.0;
+  p = p * square + 1.0 / 9.0;
+  p = p * square + 1.0 / 7.0;
+  p = p * square + 1.0 / 5.0;
+  p = p * square + 1.0 / 3.0;
+  return 2.0 * (s + p * square * s) + static_cast<double>(exponent) * 0x1.62e42fefa39efp-1;
+}
+
 }  // namespace fastdis

@@ -7,60 +7,14 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/philox.h"
 #include "../core/tensor.h"
 
 namespace fastdis {
 namespace {
 
-constexpr int64_t counters = 64;         // Philox counters handled at a time
-constexpr int64_t block = 4 * counters;  // elements that they give
-
-// The product of the low halves of 64-bit lanes, for which compilers find no instruction by themselves.
-template <class Isa, class Lanes>
-FASTDIS_INLINE Lanes multiply_low(Lanes a, Lanes b) {
-#if FASTDIS_MULTIVERSIONED
-  if constexpr (Isa::vector_bytes > 16) {
-    Lanes product;
-    asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(a), "v"(b));
-    return product;
-  }
-#endif
-  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
-}
-
-// Words of Philox4x32-10 (Salmon et al., 2011) for consecutive counters under one key.
-struct Words {
-  uint32_t word[4][counters];
-
-  // Words in 64-bit lanes: of each only the low half counts.
-  template <class Isa, class Word = uint64_t, class Half = uint32_t>  // names that vector types can depend on
-  FASTDIS_INLINE void fill(uint64_t key, uint64_t first) {
-    typedef Word Lanes __attribute__((vector_size(Isa::vector_bytes)));
-    typedef Half Halves __attribute__((vector_size(Isa::vector_bytes / 2), aligned(4), may_alias));
-    constexpr int lanes = Isa::vector_bytes / sizeof(uint64_t);
-    Lanes offset;
-    for (int lane = 0; lane < lanes; ++lane) offset[lane] = lane;
-    const Lanes m0 = Lanes{} + 0xD2511F53u, m1 = Lanes{} + 0xCD9E8D57u;
-    for (int64_t i = 0; i < counters; i += lanes) {
-      const Lanes counter = offset + (first + static_cast<uint64_t>(i));
-      Lanes c0 = counter, c1 = counter >> 32, c2 = Lanes{}, c3 = Lanes{};
-      uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-      for (int round = 0; round < 10; ++round) {
-        const Lanes p0 = multiply_low<Isa>(c0, m0), p1 = multiply_low<Isa>(c2, m1);
-        c0 = (p1 >> 32) ^ c1 ^ k0;
-        c1 = p1;
-        c2 = (p0 >> 32) ^ c3 ^ k1;
-        c3 = p0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-      }
-      *reinterpret_cast<Halves*>(word[0] + i) = __builtin_convertvector(c0, Halves);
-      *reinterpret_cast<Halves*>(word[1] + i) = __builtin_convertvector(c1, Halves);
-      *reinterpret_cast<Halves*>(word[2] + i) = __builtin_convertvector(c2, Halves);
-      *reinterpret_cast<Halves*>(word[3] + i) = __builtin_convertvector(c3, Halves);
-    }
-  }
-};
+constexpr int64_t counters = PhiloxWords::counters;
+constexpr int64_t block = 4 * counters;  // elements handled at a time
 
 // Two normal numbers from two words, by Box and Muller: radius sqrt(-2 log((a + 1/2) / 2^32)), angle 2 pi b / 2^32.
 FASTDIS_INLINE void box_muller(uint32_t a, uint32_t b, float& cosine, float& sine) {
@@ -98,8 +52,8 @@ inline void box_muller(uint32_t a, uint32_t b, double& cosine, double& sine) {
 // The noise of `block` elements from counter `first` on, in their order.
 template <class Isa, class A>
 FASTDIS_INLINE void fill_noise(uint64_t key, uint64_t first, A* noise) {
-  Words words;
-  words.fill<Isa>(key, first);
+  PhiloxWords words;
+  words.fill<Isa>(key, first, 0);
   A normal[4][counters];
   for (int pair = 0; pair < 4; pair += 2) {
 #pragma omp simd

@@ -3,13 +3,30 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
+
+#include "../core/gemm.h"
 
 namespace fastdis::host {
 
-// Returns sum_i w_i (log sum_c exp(W_c . x_i) - W_{y_i} . x_i), and writes its gradient in W.
-// x [n, padded_features]: `padded_features` is a multiple of 8, and columns from `features` on are 0; y [n]; w [n];
-// W and gradient [classes, features].
-double multinomial_loss(const double* x, const int32_t* y, const double* w, const double* W, int64_t n,
-                        int64_t features, int64_t padded_features, int64_t classes, int threads, double* gradient);
+// sum_i w_i (log sum_c exp(W_c . x_i) - W_{y_i} . x_i) as a function of W [classes, features], for x [n, features],
+// y [n] and w [n], which it copies. Throws std::out_of_range where y is not from 0 to classes - 1.
+class MultinomialLoss {
+ public:
+  MultinomialLoss(const double* x, const int32_t* y, const double* w, int64_t n, int64_t features, int64_t classes);
+
+  // Returns the loss at W, and writes its gradient in W; the same on any number of threads.
+  double operator()(const double* W, int threads, double* gradient) const;
+
+  int64_t features() const { return features_; }
+  int64_t classes() const { return classes_; }
+
+ private:
+  int64_t rows_;  // n and some that weigh nothing
+  int64_t features_, classes_;
+  Buffer<double> x_;  // [features, rows]
+  std::vector<int32_t> y_;
+  std::vector<double> w_;
+};
 
 }  // namespace fastdis::host

@@ -3,31 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <stdexcept>
 #include <vector>
 
+#include "../core/isa.h"
 #include "../core/threads.h"
+#include "classes.h"
 
 namespace fastdis::host {
 
 namespace {
-
-// Rows of equal class, one class after the other: those of class c are order[starts[c]] to order[starts[c + 1]].
-struct Segments {
-  std::vector<int64_t> starts;
-  std::vector<int64_t> order;
-
-  Segments(const int32_t* classes, int64_t n, int32_t size) : starts(std::max(size, 0) + 1, 0), order(n) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (classes[i] < 0 || classes[i] >= size)
-        throw std::out_of_range("a class is below 0 or not below the number of classes");
-      ++starts[classes[i] + 1];
-    }
-    for (int32_t c = 0; c < size; ++c) starts[c + 1] += starts[c];
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t i = 0; i < n; ++i) order[next[classes[i]]++] = i;
-  }
-};
 
 // Quantiles of many sets of values, with the memory that they need.
 class Quantile {
@@ -35,7 +19,7 @@ class Quantile {
   explicit Quantile(double quantile) : quantile_(quantile) {}
 
   // Of m > 0 values, which it reorders: NumPy's default, a straight line between order statistics.
-  double operator()(double* values, int64_t m) {
+  FASTDIS_INLINE double operator()(double* values, int64_t m) {
     const double position = static_cast<double>(m - 1) * quantile_;
     const int64_t below = std::min(static_cast<int64_t>(position), m - 1);
     const int64_t above = m - 1 - below;
@@ -60,7 +44,7 @@ class Quantile {
 
   // Leaves the `count` largest in largest_, and few others. As many groups of values as `count` have a maximum not
   // below the count-th largest maximum, so as many values are not below it, and all of the largest are among those.
-  void keep_largest(const double* values, int64_t m, int64_t count) {
+  FASTDIS_INLINE void keep_largest(const double* values, int64_t m, int64_t count) {
     const int64_t groups = m / group_size;
     maxima_.assign(values, values + groups);
     for (int64_t t = 1; t < group_size; ++t) {
@@ -88,39 +72,50 @@ class Quantile {
   std::vector<double> maxima_, largest_;
 };
 
+// Of one code, for every class of one factor.
+struct Spread {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const double* code, const uint32_t* rows, const int64_t* starts, int32_t size,
+                                 Quantile* quantile, double* values, double* spread) {
+    for (int32_t c = 0; c < size; ++c) {
+      const uint32_t* members = rows + starts[c];
+      const int64_t m = starts[c + 1] - starts[c];
+      spread[c] = 0.0;
+      if (m == 0) continue;
+      // Differences to the first value keep the digits that a common offset would cost the sum.
+      const double origin = code[members[0]];
+      double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < m; ++i) {
+        values[i] = code[members[i]] - origin;
+        sum += values[i];
+      }
+      const double mean = sum / static_cast<double>(m);
+#pragma omp simd
+      for (int64_t i = 0; i < m; ++i) values[i] = std::abs(values[i] - mean);
+      spread[c] = (*quantile)(values, m);
+    }
+  }
+};
+
 }  // namespace
 
 void segment_spread(const double* codes, int64_t d, int64_t n, const int32_t* classes, int64_t K, const int32_t* sizes,
                     double quantile, double* spread, int threads) {
-  std::vector<Segments> segments;
+  std::vector<uint32_t> rows(K * n);
   std::vector<int64_t> offsets(K + 1, 0);
-  for (int64_t k = 0; k < K; ++k) {
-    segments.emplace_back(classes + k * n, n, sizes[k]);
-    offsets[k + 1] = offsets[k] + sizes[k];
-  }
+  for (int64_t k = 0; k < K; ++k) offsets[k + 1] = offsets[k] + sizes[k];
+  std::vector<int64_t> starts(offsets[K] + K);  // of each factor one more than it has classes
+  for (int64_t k = 0; k < K; ++k)
+    group_rows(classes + k * n, n, sizes[k], rows.data() + k * n, starts.data() + offsets[k] + k);
   parallel_ranges(d, 1, threads, [&](int64_t begin, int64_t end) {
     std::vector<double> values(n);
     Quantile quantile_of(quantile);
     for (int64_t j = begin; j < end; ++j) {
-      const double* column = codes + j * n;
       for (int64_t k = 0; k < K; ++k) {
-        for (int32_t c = 0; c < sizes[k]; ++c) {
-          const int64_t start = segments[k].starts[c], m = segments[k].starts[c + 1] - start;
-          double& result = spread[j * offsets[K] + offsets[k] + c];
-          result = 0.0;
-          if (m == 0) continue;
-          const int64_t* order = segments[k].order.data() + start;
-          // Differences to the first value keep the digits that a common offset would cost the sum.
-          const double origin = column[order[0]];
-          for (int64_t i = 0; i < m; ++i) values[i] = column[order[i]] - origin;
-          double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-          for (int64_t i = 0; i < m; ++i) sum += values[i];
-          const double mean = sum / static_cast<double>(m);
-#pragma omp simd
-          for (int64_t i = 0; i < m; ++i) values[i] = std::abs(values[i] - mean);
-          result = quantile_of(values.data(), m);
-        }
+        multiversion<Spread>(codes + j * n, static_cast<const uint32_t*>(rows.data() + k * n),
+                             static_cast<const int64_t*>(starts.data() + offsets[k] + k), sizes[k], &quantile_of,
+                             values.data(), spread + j * offsets[K] + offsets[k]);
       }
     }
   });

@@ -3,10 +3,11 @@
 
 #include "votes.h"
 
-#include <cmath>
+#include <algorithm>
 #include <vector>
 
 #include "../core/isa.h"
+#include "../core/philox.h"
 #include "../core/threads.h"
 
 namespace fastdis::host {
@@ -29,38 +30,44 @@ void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
 namespace {
 
 // The random numbers of one vote: blocks of four words.
-class Draws {
- public:
-  Draws(uint64_t seed, uint64_t vote) : seed_(seed), vote_(vote) {}
+struct Draws {
+  uint64_t seed, vote;
 
   // Uniform in [0, range), without bias (Lemire, ACM TOMACS 2019): a word that falls into the incomplete last share is
   // replaced by the same word of the block's next attempt.
-  uint32_t below(uint32_t range, uint32_t block, int word) {
+  uint32_t below(uint32_t range, int64_t block, int word) const {
     for (uint32_t attempt = 0;; ++attempt) {
-      const uint64_t product = uint64_t{words(block, attempt)[word]} * range;
+      uint32_t words[4] = {static_cast<uint32_t>(block), attempt, static_cast<uint32_t>(vote),
+                           static_cast<uint32_t>(vote >> 32)};
+      philox4x32(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      const uint64_t product = uint64_t{words[word]} * range;
       const uint32_t low = static_cast<uint32_t>(product);
       if (low >= range || low >= (0u - range) % range) return static_cast<uint32_t>(product >> 32);
     }
   }
+};
 
- private:
-  const uint32_t* words(uint32_t block, uint32_t attempt) {
-    if (!known_ || block != block_ || attempt != attempt_) {
-      words_[0] = block;
-      words_[1] = attempt;
-      words_[2] = static_cast<uint32_t>(vote_);
-      words_[3] = static_cast<uint32_t>(vote_ >> 32);
-      philox4x32(words_, static_cast<uint32_t>(seed_), static_cast<uint32_t>(seed_ >> 32));
-      block_ = block;
-      attempt_ = attempt;
-      known_ = true;
-    }
-    return words_;
+// The same number of a block's first attempt. Where `doubtful` becomes true the word may have to be replaced.
+FASTDIS_INLINE uint32_t share(uint32_t word, uint32_t range, bool& doubtful) {
+  const uint64_t product = uint64_t{word} * range;
+  doubtful |= static_cast<uint32_t>(product) < range;
+  return static_cast<uint32_t>(product >> 32);
+}
+
+// What one vote is about: the rows of a factor.
+struct Chosen {
+  uint32_t factor;
+  uint32_t values;
+  const int64_t* starts;
+  const uint32_t* rows;
+
+  Chosen(const Draws& draws, const Groups& groups, int64_t n)
+      : factor(draws.below(static_cast<uint32_t>(groups.K), 0, 0)) {
+    starts = groups.starts + groups.first[factor];
+    values = static_cast<uint32_t>(groups.first[factor + 1] - groups.first[factor] - 1);
+    rows = groups.rows + factor * n;
   }
-
-  uint64_t seed_, vote_;
-  uint32_t words_[4] = {}, block_ = 0, attempt_ = 0;
-  bool known_ = false;
+  uint32_t size(uint32_t value) const { return static_cast<uint32_t>(starts[value + 1] - starts[value]); }
 };
 
 // Replaces places in rows[] by rows, and asks for the codes of those rows.
@@ -73,18 +80,81 @@ void look_up(const uint32_t* rows, const double* codes, int64_t d, std::vector<u
   }
 }
 
-struct Differences {
-  // Rows come in twos.
+// The places of pairs that agree in a factor, from block 1 on: a value, then two of its rows.
+struct DrawPairs {
   template <class Isa>
-  static FASTDIS_INLINE void run(const double* codes, int64_t d, const uint32_t* rows, int64_t pairs, double* mean) {
-    for (int64_t j = 0; j < d; ++j) mean[j] = 0;
-    for (int64_t i = 0; i < pairs; ++i) {
-      const double* a = codes + rows[2 * i] * d;
-      const double* b = codes + rows[2 * i + 1] * d;
-#pragma omp simd
-      for (int64_t j = 0; j < d; ++j) mean[j] += std::fabs(a[j] - b[j]);
+  static FASTDIS_INLINE void run(const Draws* draws, const Chosen* chosen, int64_t pairs, uint32_t* places) {
+    const Chosen from = *chosen;
+    PhiloxWords words;
+    uint32_t value[PhiloxWords::counters];
+    for (int64_t begin = 0; begin < pairs; begin += PhiloxWords::counters, places += 2 * PhiloxWords::counters) {
+      const int64_t count = std::min(PhiloxWords::counters, pairs - begin);
+      words.fill<Isa>(draws->seed, 1 + begin, draws->vote);
+      bool doubtful = false;
+#pragma omp simd reduction(| : doubtful)
+      for (int64_t i = 0; i < count; ++i) value[i] = share(words.word[0][i], from.values, doubtful);
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t start = static_cast<uint32_t>(from.starts[value[i]]), size = from.size(value[i]);
+        places[2 * i] = start + share(words.word[1][i], size, doubtful);
+        places[2 * i + 1] = start + share(words.word[2][i], size, doubtful);
+      }
+      for (int64_t i = 0; doubtful && i < count; ++i) {
+        const int64_t block = 1 + begin + i;
+        const uint32_t of = draws->below(from.values, block, 0);
+        for (int word = 1; word < 3; ++word) {
+          places[2 * i + word - 1] = static_cast<uint32_t>(from.starts[of]) + draws->below(from.size(of), block, word);
+        }
+      }
     }
-    for (int64_t j = 0; j < d; ++j) mean[j] /= static_cast<double>(pairs);
+  }
+};
+
+// The places of samples that have one value of a factor, four to a block from block 1 on.
+struct DrawSamples {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const Draws* draws, const Chosen* chosen, int64_t samples, uint32_t* places) {
+    const uint32_t value = draws->below(chosen->values, 0, 1);
+    const uint32_t start = static_cast<uint32_t>(chosen->starts[value]), size = chosen->size(value);
+    constexpr int64_t at_once = 4 * PhiloxWords::counters;
+    PhiloxWords words;
+    for (int64_t begin = 0; begin < samples; begin += at_once) {
+      const int64_t count = std::min(at_once, samples - begin);
+      words.fill<Isa>(draws->seed, 1 + begin / 4, draws->vote);
+      bool doubtful = false;
+      for (int64_t i = 0; i < count; ++i) places[begin + i] = start + share(words.word[i % 4][i / 4], size, doubtful);
+      for (int64_t i = begin; doubtful && i < begin + count; ++i)
+        places[i] = start + draws->below(size, 1 + i / 4, static_cast<int>(i % 4));
+    }
+  }
+};
+
+struct Differences {
+  // Rows come in twos. Sums of as many codes as a vector holds stay in a register; the last vector ends with the row.
+  template <class Isa, class Real = double>  // a name that vector types can depend on
+  static FASTDIS_INLINE void run(const double* codes, int64_t d, const uint32_t* rows, int64_t pairs, double* mean) {
+    typedef Real Vector __attribute__((vector_size(Isa::vector_bytes), aligned(alignof(Real)), may_alias));
+    constexpr int64_t lanes = Isa::vector_bytes / sizeof(Real);
+    if (d < lanes) {
+      for (int64_t j = 0; j < d; ++j) average<Real>(codes + j, d, rows, pairs, mean + j);
+    } else {
+      for (int64_t j = 0; j < d; j += lanes) {
+        const int64_t at = std::min(j, d - lanes);
+        average<Vector>(codes + at, d, rows, pairs, mean + at);
+      }
+    }
+  }
+
+ private:
+  template <class Lanes>
+  static FASTDIS_INLINE void average(const double* codes, int64_t d, const uint32_t* rows, int64_t pairs,
+                                     double* mean) {
+    Lanes sum{};
+    for (int64_t i = 0; i < pairs; ++i) {
+      const Lanes apart = *reinterpret_cast<const Lanes*>(codes + rows[2 * i] * d) -
+                          *reinterpret_cast<const Lanes*>(codes + rows[2 * i + 1] * d);
+      sum += apart < 0 ? -apart : apart;
+    }
+    *reinterpret_cast<Lanes*>(mean) = sum / static_cast<double>(pairs);
   }
 };
 
@@ -124,20 +194,12 @@ void paired_differences(const double* codes, int64_t n, int64_t d, const Groups&
   parallel_ranges(votes, votes_at_once, threads, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> rows(2 * pairs);
     for (int64_t vote = begin; vote < end; ++vote) {
-      Draws draws(seed, static_cast<uint64_t>(vote));
-      const uint32_t k = draws.below(static_cast<uint32_t>(groups.K), 0, 0);
-      const int64_t* starts = groups.starts + groups.first[k];
-      const uint32_t values = static_cast<uint32_t>(groups.first[k + 1] - groups.first[k] - 1);
-      for (int64_t i = 0; i < pairs; ++i) {
-        const uint32_t block = static_cast<uint32_t>(1 + i);
-        const uint32_t value = draws.below(values, block, 0);
-        const uint32_t size = static_cast<uint32_t>(starts[value + 1] - starts[value]);
-        rows[2 * i] = static_cast<uint32_t>(starts[value] + draws.below(size, block, 1));
-        rows[2 * i + 1] = static_cast<uint32_t>(starts[value] + draws.below(size, block, 2));
-      }
-      look_up(groups.rows + k * n, codes, d, rows);
+      const Draws draws{seed, static_cast<uint64_t>(vote)};
+      const Chosen chosen(draws, groups, n);
+      multiversion<DrawPairs>(&draws, &chosen, pairs, rows.data());
+      look_up(chosen.rows, codes, d, rows);
       multiversion<Differences>(codes, d, static_cast<const uint32_t*>(rows.data()), pairs, differences + vote * d);
-      factor[vote] = static_cast<int32_t>(k);
+      factor[vote] = static_cast<int32_t>(chosen.factor);
     }
   });
 }
@@ -149,17 +211,10 @@ void least_varying_codes(const double* codes, int64_t n, int64_t d, const Groups
     std::vector<uint32_t> rows(samples);
     std::vector<double> gathered(samples * d), mean(d), variance(d);
     for (int64_t vote = begin; vote < end; ++vote) {
-      Draws draws(seed, static_cast<uint64_t>(vote));
-      const uint32_t k = draws.below(static_cast<uint32_t>(groups.K), 0, 0);
-      const int64_t* starts = groups.starts + groups.first[k];
-      const uint32_t values = static_cast<uint32_t>(groups.first[k + 1] - groups.first[k] - 1);
-      const uint32_t value = draws.below(values, 0, 1);
-      const uint32_t size = static_cast<uint32_t>(starts[value + 1] - starts[value]);
-      for (int64_t i = 0; i < samples; ++i) {
-        const uint32_t block = static_cast<uint32_t>(1 + i / 4);
-        rows[i] = static_cast<uint32_t>(starts[value] + draws.below(size, block, static_cast<int>(i % 4)));
-      }
-      look_up(groups.rows + k * n, codes, d, rows);
+      const Draws draws{seed, static_cast<uint64_t>(vote)};
+      const Chosen chosen(draws, groups, n);
+      multiversion<DrawSamples>(&draws, &chosen, samples, rows.data());
+      look_up(chosen.rows, codes, d, rows);
       multiversion<Variances>(codes, d, static_cast<const uint32_t*>(rows.data()), samples, gathered.data(),
                               mean.data(), variance.data());
       int64_t least = active[0];
@@ -168,7 +223,7 @@ void least_varying_codes(const double* codes, int64_t n, int64_t d, const Groups
         if (variance[j] / variances[j] < variance[least] / variances[least]) least = j;
       }
       code[vote] = static_cast<int32_t>(least);
-      factor[vote] = static_cast<int32_t>(k);
+      factor[vote] = static_cast<int32_t>(chosen.factor);
     }
   });
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdis.metrics._centred import with_headroom
-from fastdis.metrics._host import discretize, joint_histogram
+from fastdis.metrics._host import dense_classes, discretize, joint_histogram
 from fastdis.metrics._inputs import as_count
 
 MOST_BINS = 65536
@@ -87,39 +87,6 @@ def equal_width_edges(codes: np.ndarray, bins: int) -> np.ndarray:
     narrow |= (edges[:, :-1] >= edges[:, 1:]).any(axis=1)
     edges[narrow, 1:] = np.inf
     return edges
-
-
-def dense_classes(factors: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Number the values of each factor [n, K] from 0 in rising order.
-
-    Returns
-    -------
-    classes : ndarray of int32, [K, n]
-        The number of each value.
-    sizes : ndarray of int32, [K]
-        How many different values each factor has.
-    values : list of ndarray of int64
-        What these values are, in rising order.
-    """
-    n, K = factors.shape
-    classes = np.empty((K, n), np.int32)
-    values = []
-    for k, column in enumerate(np.ascontiguousarray(factors.T)):
-        lowest = int(column.min())
-        span = int(column.max()) - lowest + 1
-        if span <= 4 * n + 4096:
-            # Marking a value in a table costs far less than sorting.
-            place = column - lowest
-            seen = np.zeros(span, bool)
-            seen[place] = True
-            values.append(lowest + np.flatnonzero(seen))
-            # No place is out of range; that mode spares a copy of the result.
-            np.take(np.cumsum(seen, dtype=np.int32) - 1, place, out=classes[k], mode="clip")
-        else:
-            distinct, inverse = np.unique(column, return_inverse=True)
-            values.append(distinct)
-            classes[k] = inverse.reshape(n)
-    return classes, np.array([len(distinct) for distinct in values], np.int32), values
 
 
 def as_bins(bins: int) -> int:

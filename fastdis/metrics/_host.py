@@ -14,6 +14,53 @@ import torch
 from fastdis.ops._backends import extension
 
 
+def dense_classes(factors: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Number the values of each factor [n, K] from 0 in rising order.
+
+    Returns
+    -------
+    classes : ndarray of int32, [K, n]
+        The number of each value.
+    sizes : ndarray of int32, [K]
+        How many different values each factor has.
+    values : list of ndarray of int64
+        What these values are, in rising order.
+    """
+    if extension is None:
+        return dense_classes_numpy(factors)
+    return extension.dense_classes(factors, torch.get_num_threads())
+
+
+def dense_classes_numpy(factors: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Return what :func:`dense_classes` returns."""
+    n, K = factors.shape
+    classes = np.empty((K, n), np.int32)
+    values = []
+    for k, column in enumerate(factors.T):
+        distinct, inverse = np.unique(column, return_inverse=True)
+        values.append(distinct)
+        classes[k] = inverse.reshape(n)
+    return classes, np.array([len(distinct) for distinct in values], np.int32), values
+
+
+def group_rows(classes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Group rows by their class of each factor: uint32 [K, n] and int64 [S + K].
+
+    The first holds all rows, sorted by the class of factor k and then by number; the second, of each factor one more
+    than it has classes, where in them each class begins.
+    """
+    if extension is None:
+        return group_rows_numpy(classes, sizes)
+    return extension.group_rows(classes, sizes, torch.get_num_threads())
+
+
+def group_rows_numpy(classes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what :func:`group_rows` returns."""
+    rows = np.argsort(classes, axis=1, kind="stable").astype(np.uint32)
+    counts = [np.bincount(column, minlength=size) for column, size in zip(classes, sizes.tolist(), strict=True)]
+    return rows, np.concatenate([np.concatenate([[0], np.cumsum(count)]) for count in counts])
+
+
 def discretize(codes: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Return the bin of every code, int32 [d, n]: how many of the inner edges of its row are not above it.
 
@@ -95,10 +142,12 @@ def segment_spread(codes: np.ndarray, classes: np.ndarray, sizes: np.ndarray, qu
 def segment_spread_numpy(codes: np.ndarray, classes: np.ndarray, sizes: np.ndarray, quantile: float) -> np.ndarray:
     """Return what :func:`segment_spread` returns."""
     spread = np.zeros((len(codes), int(sizes.sum())))
-    for column, offset, size in zip(classes, np.cumsum(sizes) - sizes, sizes.tolist(), strict=True):
-        order = np.argsort(column, kind="stable")
-        starts = np.cumsum(np.bincount(column, minlength=size))[:-1]
-        for place, members in enumerate(np.split(order, starts), start=offset):
+    rows, starts = group_rows_numpy(classes, sizes)
+    first = 0
+    for row, offset, size in zip(rows, np.cumsum(sizes) - sizes, sizes.tolist(), strict=True):
+        inner = starts[first + 1 : first + size]
+        first += size + 1
+        for place, members in enumerate(np.split(row, inner), start=offset):
             if len(members):
                 segment = codes[:, members] - codes[:, members[:1]]
                 distance = np.abs(segment - segment.mean(axis=1, keepdims=True))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastdis.metrics._histogram import dense_classes
+from fastdis.metrics._host import dense_classes, group_rows
 from fastdis.ops._backends import extension
 
 
@@ -43,19 +43,12 @@ class Groups:
     first: np.ndarray
 
 
-def group_rows(factors: np.ndarray) -> Groups:
+def groups_of(factors: np.ndarray) -> Groups:
     """Group the rows of factors [n, K] by their values."""
-    if len(factors) >= 2**32:
-        raise ValueError(f"factors must have fewer than 2**32 rows, got {len(factors)}")
+    if len(factors) >= 2**31:
+        raise ValueError(f"factors must have fewer than 2**31 rows, got {len(factors)}")
     classes, sizes, _ = dense_classes(factors)
-    rows = np.empty(classes.shape, np.uint32)
-    starts = []
-    for k, size in enumerate(sizes):
-        # NumPy sorts 16-bit integers by counting.
-        column = classes[k].astype(np.uint16) if size <= 2**16 else classes[k]
-        rows[k] = np.argsort(column, kind="stable")
-        starts.append(np.concatenate([[0], np.cumsum(np.bincount(classes[k], minlength=size))]))
-    return Groups(rows, np.concatenate(starts).astype(np.int64), np.concatenate([[0], np.cumsum(sizes + 1)]))
+    return Groups(*group_rows(classes, sizes), np.concatenate([[0], np.cumsum(sizes + 1)]))
 
 
 def paired_differences(

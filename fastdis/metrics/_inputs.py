@@ -46,8 +46,10 @@ def as_factors(
     if len(array) != n:
         raise ValueError(f"{codes_name} and {name} must have as many rows, got {n} and {len(array)}")
     if varying:
-        constant = np.flatnonzero((array == array[:1]).all(axis=0))
-        if len(constant):
+        # Some rows tell nearly always, and columns are slow to read.
+        constant = np.flatnonzero((array[:256] == array[:1]).all(axis=0))
+        constant = [k for k in constant if (array[:, k] == array[0, k]).all()]
+        if constant:
             raise ValueError(
                 f"{name} column {constant[0]} never varies: leave it out, there is nothing to tell about it"
             )

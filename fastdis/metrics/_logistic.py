@@ -7,6 +7,7 @@ The optimiser is SciPy's, with scikit-learn's settings: the iterates are the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -47,22 +48,20 @@ class LogisticRegression:
         # A power of two where features are so large that their products overflow; W takes it back below.
         largest = np.abs(x).max(initial=0.0)
         scale = 2.0 ** -np.frexp(largest)[1] if largest > 2.0**100 else 1.0
-        design = np.zeros((n, (p + 8) // 8 * 8))
-        design[:, :p] = x * scale
-        design[:, p] = 1.0
+        design = np.concatenate([x * scale, np.ones((n, 1))], axis=1)
         counts = np.bincount(target)
         weights = (n / (classes * counts))[target] if self.balanced else np.ones(n)
-        # Threads start anew for every evaluation, which must have a few hundred microseconds of work for each.
-        threads = max(1, min(threads, n * classes * (p + 1) // 2_000_000))
+        # Threads start anew for every evaluation, which must have some hundred microseconds of work for each.
+        threads = max(1, min(threads, n * classes * (p + 1) // 250_000))
+        mean_loss = multinomial_loss(design, target, weights / n, classes)
         # scikit-learn fits one vector to two classes where softmax has two: half its length each, so half its penalty.
         strength = self.penalty * scale**2 * (2 if classes == 2 else 1) / n
 
         def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
             W = parameters.reshape(classes, p + 1)
-            value, gradient = multinomial_loss(design, target, weights, W, threads)
-            gradient /= n
+            value, gradient = mean_loss(W, threads)
             gradient[:, :p] += strength * W[:, :p]
-            return value / n + 0.5 * strength * np.sum(W[:, :p] ** 2), gradient.ravel()
+            return value + 0.5 * strength * np.sum(W[:, :p] ** 2), gradient.ravel()
 
         found = minimize(
             loss,
@@ -111,20 +110,19 @@ def serial_blas() -> AbstractContextManager[object]:
 
 
 def multinomial_loss(
-    x: np.ndarray, y: np.ndarray, w: np.ndarray, W: np.ndarray, threads: int
-) -> tuple[float, np.ndarray]:
-    """Return sum_i w_i (logsumexp_c(W_c . x_i) - W_{y_i} . x_i) and its gradient in W [classes, features].
+    x: np.ndarray, y: np.ndarray, w: np.ndarray, classes: int
+) -> Callable[[np.ndarray, int], tuple[float, np.ndarray]]:
+    """Return sum_i w_i (logsumexp_c(W_c . x_i) - W_{y_i} . x_i) and its gradient in W [classes, p], as a function.
 
-    ``x`` [n, padded] has zeros from column ``features`` on, up to a multiple of 8; ``y`` int32 [n]; ``w`` [n].
+    The function takes W and a number of threads. ``x`` is [n, p], ``y`` int32 [n] and ``w`` [n].
     """
     if extension is None:
-        return multinomial_loss_numpy(x, y, w, W)
-    return extension.multinomial_loss(x, y, w, W, threads)
+        return lambda W, threads: multinomial_loss_numpy(x, y, w, W)
+    return extension.MultinomialLoss(x, y, w, classes)
 
 
 def multinomial_loss_numpy(x: np.ndarray, y: np.ndarray, w: np.ndarray, W: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return what :func:`multinomial_loss` returns."""
-    x = x[:, : W.shape[1]]
+    """Return what the function that :func:`multinomial_loss` returns does."""
     rows = np.arange(len(x))
     scores = x @ W.T
     scores -= scores.max(axis=1, keepdims=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdis.metrics._centred import with_headroom
-from fastdis.metrics._host_votes import group_rows, paired_differences
+from fastdis.metrics._host_votes import groups_of, paired_differences
 from fastdis.metrics._inputs import as_codes, as_count, as_factors, as_seed
 from fastdis.metrics._logistic import LogisticRegression, serial_blas
 from fastdis.metrics.result import Result
@@ -112,12 +112,12 @@ def beta_vae(
     seed, pairs = as_seed(seed), as_count(batch_size, "batch_size")
     train, test = as_count(train, "train"), as_count(test, "test")
 
-    differences, factor = paired_differences(codes, group_rows(factors), seed, train + test, pairs)
+    differences, factor = paired_differences(codes, groups_of(factors), seed, train + test, pairs)
     with serial_blas():
         classifier = LogisticRegression(penalty=1.0).fit(
             differences[:train], factor[:train], threads=torch.get_num_threads()
         )
-    correct = classifier.predict(differences)
-    confusion = np.bincount(factor[train:] * K + correct[train:], minlength=K * K).reshape(K, K)
-    right = correct == factor
+        named = classifier.predict(differences)
+    confusion = np.bincount(factor[train:] * K + named[train:], minlength=K * K).reshape(K, K)
+    right = named == factor
     return BetaVAEResult(float(right[train:].mean()), float(right[:train].mean()), confusion)

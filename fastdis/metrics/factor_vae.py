@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from fastdis.metrics._host_votes import below, group_rows, least_varying_codes
+from fastdis.metrics._host_votes import below, groups_of, least_varying_codes
 from fastdis.metrics._inputs import as_codes, as_count, as_factors, as_seed
 from fastdis.metrics.result import Result
 
@@ -138,7 +138,7 @@ def factor_vae(
     if len(active) == 0:
         return FactorVAEResult(0.0, 0.0, np.zeros((d, K), np.int64), found, active)
 
-    code, factor = least_varying_codes(table, group_rows(factors), variances, active, seed, train + test, samples)
+    code, factor = least_varying_codes(table, groups_of(factors), variances, active, seed, train + test, samples)
     votes = np.bincount(code[:train] * K + factor[:train], minlength=d * K).reshape(d, K)
     right = votes.argmax(axis=1)[code] == factor
     return FactorVAEResult(float(right[train:].mean()), float(right[:train].mean()), votes, found, active)

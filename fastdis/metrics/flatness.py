@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from fastdis.metrics._histogram import dense_classes
+from fastdis.metrics._host import dense_classes
 from fastdis.metrics._inputs import as_codes, as_count, as_factors, as_generator
 from fastdis.metrics.result import Result
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdis.metrics._centred import centred, with_headroom
-from fastdis.metrics._histogram import dense_classes
+from fastdis.metrics._host import dense_classes
 from fastdis.metrics._host_neighbours import neighbour_information
 from fastdis.metrics._inputs import as_codes, as_count, as_factors, as_seed
 from fastdis.metrics._logistic import LogisticRegression, serial_blas

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from fastdis.metrics._centred import centred
-from fastdis.metrics._histogram import as_bins, dense_classes, equal_width_bins
-from fastdis.metrics._host import segment_spread
+from fastdis.metrics._histogram import as_bins, equal_width_bins
+from fastdis.metrics._host import dense_classes, segment_spread
 from fastdis.metrics._inputs import as_codes, as_factors
 from fastdis.metrics.result import Result
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from fastdis.metrics._histogram import as_bins, dense_classes, equal_width_edges, information_in
-from fastdis.metrics._host import discretize, gaussian_histogram, joint_histogram
+from fastdis.metrics._histogram import as_bins, equal_width_edges, information_in
+from fastdis.metrics._host import dense_classes, discretize, gaussian_histogram, joint_histogram
 from fastdis.metrics._inputs import as_codes, as_factors
 from fastdis.metrics.result import Result
 

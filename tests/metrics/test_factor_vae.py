@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdis.metrics import _host_votes, factor_vae
-from fastdis.metrics._host_votes import group_rows, least_varying_codes_numpy
+from fastdis.metrics._host_votes import groups_of, least_varying_codes_numpy
 
 SMALL = {"batch_size": 5, "train_votes": 3000, "test_votes": 2000, "variance_samples": 2500}
 
@@ -113,7 +113,7 @@ def test_compiled_and_numpy_agree(d, samples):
     codes = rng.standard_normal((701, d))
     active = np.arange(0, d, 2)
     arguments = (codes.var(axis=0), active, 2**40 + 3, 400, samples)
-    groups = group_rows(factors)
+    groups = groups_of(factors)
     ours = _host_votes.extension.least_varying_codes(codes, *vars(groups).values(), *arguments, 3)
     twin = least_varying_codes_numpy(codes, groups, *arguments)
     assert np.array_equal(ours[1], twin[1])
@@ -125,7 +125,7 @@ def test_rows_of_a_vote_share_one_value(factors):
     """Each factor's own code has variance 0 in its votes, and is found although all others are nearly constant too."""
     codes = factors + np.random.default_rng(0).standard_normal(factors.shape) * 1e-9
     code, factor = _host_votes.least_varying_codes(
-        codes, group_rows(factors), codes.var(axis=0), np.arange(10), 0, 3000, 16
+        codes, groups_of(factors), codes.var(axis=0), np.arange(10), 0, 3000, 16
     )
     assert (code == factor).all()
     assert np.bincount(factor, minlength=10).min() > 230

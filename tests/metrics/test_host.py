@@ -7,7 +7,8 @@ import pytest
 
 from fastdis import metrics
 from fastdis.metrics import _host
-from fastdis.metrics._histogram import dense_classes, equal_width_bins, equal_width_edges
+from fastdis.metrics._histogram import equal_width_bins, equal_width_edges
+from fastdis.metrics._host import dense_classes
 
 needs_extension = pytest.mark.skipif(_host.extension is None, reason="nothing was compiled")
 
