@@ -155,6 +155,32 @@ struct GramOfRows {
   }
 };
 
+// Whether a result is streamed to memory: no cache near a core would keep it, and it is memory used before. Larger ones
+// come fresh from the system, which zeroes their pages through the caches.
+constexpr bool is_streamed(int64_t bytes) { return bytes >= int64_t{8} << 20 && bytes < int64_t{32} << 20; }
+
+// Stores a whole vector past the caches, to an address that is a multiple of its size. For memory that is larger than
+// they are: a plain store would first read what it overwrites.
+template <class Isa, class Vector>
+FASTDIS_INLINE void stream_store(Vector* to, Vector value) {
+#if FASTDIS_MULTIVERSIONED
+  if constexpr (Isa::vector_bytes > 16) {
+    asm volatile("vmovntps %1, %0" : "=m"(*to) : "v"(value));
+  } else {
+    asm volatile("movntps %1, %0" : "=m"(*to) : "x"(value));
+  }
+#else
+  *to = value;
+#endif
+}
+
+// Makes what this thread has streamed visible before what it does next.
+FASTDIS_INLINE void fence_streams() {
+#if FASTDIS_MULTIVERSIONED
+  __builtin_ia32_sfence();
+#endif
+}
+
 // to_i = sum_j matrix[i][j] row_j over `dimensions`; the matrix has rows of `latents` numbers.
 template <class T>
 struct MixRows {
@@ -163,33 +189,35 @@ struct MixRows {
 
   template <class Isa>
   static FASTDIS_INLINE void run(const T* rows, int64_t row, const A* matrix, int64_t latents, int64_t dimensions,
-                                 T* to, int64_t to_row) {
+                                 T* to, int64_t to_row, bool stream) {
+    const bool streamed = stream && (reinterpret_cast<uintptr_t>(to) | to_row * sizeof(T)) % 64 == 0;
     Chunk<T> chunk(latents, chunk_of<A>(2 * latents));
     for (int64_t first = 0; first < dimensions;) {
       const int64_t length = chunk.read(rows + first, row, latents, dimensions - first);
       for (int64_t i = 0; i < latents; i += tile) {
-        mix<Isa>(chunk, matrix, latents, i, to + i * to_row + first, to_row, length);
+        mix<Isa>(chunk, matrix, latents, i, to + i * to_row + first, to_row, length, streamed);
       }
       first += length;
     }
+    if (streamed) fence_streams();
   }
 
   // A tile of results, by a few vectors, then by single ones.
   template <class Isa>
   static FASTDIS_INLINE void mix(const Chunk<T>& chunk, const A* matrix, int64_t latents, int64_t first, T* to,
-                                 int64_t to_row, int64_t length) {
+                                 int64_t to_row, int64_t length, bool streamed) {
     constexpr int64_t lanes = Isa::vector_bytes / sizeof(A);
     constexpr int width = Isa::vector_bytes == 64 ? 4 : 2;  // as many accumulators as registers allow
     int64_t d = 0;
     for (; d + width * lanes <= chunk.count; d += width * lanes) {
-      columns<Isa, width>(chunk, matrix, latents, first, d, to, to_row, length);
+      columns<Isa, width>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
     }
-    for (; d < chunk.count; d += lanes) columns<Isa, 1>(chunk, matrix, latents, first, d, to, to_row, length);
+    for (; d < chunk.count; d += lanes) columns<Isa, 1>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
   }
 
   template <class Isa, int W>
   static FASTDIS_INLINE void columns(const Chunk<T>& chunk, const A* matrix, int64_t latents, int64_t first, int64_t d,
-                                     T* to, int64_t to_row, int64_t length) {
+                                     T* to, int64_t to_row, int64_t length, bool streamed) {
     typedef A Vector __attribute__((vector_size(Isa::vector_bytes), aligned(alignof(A)), may_alias));
     constexpr int lanes = Isa::vector_bytes / sizeof(A);
     const auto for_each = []<int... i>(std::integer_sequence<int, i...>, const auto& body)
@@ -210,7 +238,12 @@ struct MixRows {
     if constexpr (std::is_same_v<T, A>) {
       if (first + tile <= latents && d + W * lanes <= length) {
         for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA {
-          *reinterpret_cast<Vector*>(to + i / W * to_row + d + i % W * lanes) = sum[i];
+          Vector* at = reinterpret_cast<Vector*>(to + i / W * to_row + d + i % W * lanes);
+          if (streamed) {
+            stream_store<Isa>(at, sum[i]);
+          } else {
+            *at = sum[i];
+          }
         });
         return;
       }
@@ -279,10 +312,11 @@ template <class T>
 Tensor mixed(const Rows& rows, const accumulate_t<T>* matrices) {
   Tensor result = rows.empty_like();
   const GramPlan plan(rows);
+  const bool streamed = is_streamed(result.numel() * static_cast<int64_t>(sizeof(T)));
   plan.for_each_part(rows, [&](int64_t, int64_t b, int64_t first, int64_t count) {
     const int64_t at = b * rows.sample + first;
     multiversion<MixRows<T>>(data<T>(rows.tensor) + at, rows.row, matrices + b * rows.latents * rows.latents,
-                             rows.latents, count, mutable_data<T>(result) + at, rows.row);
+                             rows.latents, count, mutable_data<T>(result) + at, rows.row, streamed);
   });
   return result;
 }

@@ -8,7 +8,6 @@ import pytest
 from fastdis import metrics
 from fastdis.metrics import _host
 from fastdis.metrics._histogram import equal_width_bins, equal_width_edges
-from fastdis.metrics._host import dense_classes
 
 needs_extension = pytest.mark.skipif(_host.extension is None, reason="nothing was compiled")
 
@@ -88,6 +87,8 @@ def test_classes_out_of_range_are_refused(value):
         _host.gaussian_histogram(codes, codes**2, equal_width_edges(codes, 5), bad, sizes)
     with pytest.raises(IndexError, match="class"):
         _host.segment_spread(codes, bad, sizes, 0.5)
+    with pytest.raises(IndexError, match="class"):
+        _host.group_rows(bad, sizes)
 
 
 @needs_extension
@@ -104,6 +105,8 @@ def test_shapes_that_do_not_fit_are_refused():
         lambda: _host.gaussian_histogram(codes, codes, edges[:3], classes, sizes),
         lambda: _host.segment_spread(codes[:, 1:], classes, sizes, 0.5),
         lambda: _host.segment_spread(codes, classes, sizes, float("nan")),
+        lambda: _host.group_rows(classes, sizes[1:]),
+        lambda: _host.dense_classes(classes[0].astype(np.int64)),
     ):
         with pytest.raises(ValueError):  # noqa: PT011 - any message: nobody but a developer sees it
             call()
@@ -156,23 +159,37 @@ def test_nothing_at_all():
     assert _host.joint_histogram(classes[:0], 40, classes, sizes).shape == (0, 51, 40)
 
 
-def test_numbers_of_values():
+@needs_extension
+@pytest.mark.parametrize("n", [500, 40_000])
+def test_numbers_of_values(compiled, n):
     generator = np.random.default_rng(0)
     factors = np.stack(
         [
-            generator.integers(-3, 4, 500),
-            generator.integers(0, 9, 500) * 10**17 - 4 * 10**17,
-            generator.permutation(500),
-            generator.choice([np.iinfo(np.int64).min, 0, np.iinfo(np.int64).max], 500),
+            generator.integers(-3, 4, n),
+            generator.integers(0, 9, n) * 10**17 - 4 * 10**17,
+            generator.permutation(n),
+            generator.choice([np.iinfo(np.int64).min, 0, np.iinfo(np.int64).max], n),
         ],
         axis=1,
     )
-    classes, sizes, values = dense_classes(factors)
-    for k in range(4):
-        expected, inverse = np.unique(factors[:, k], return_inverse=True)
-        assert np.array_equal(values[k], expected)
-        assert np.array_equal(classes[k], inverse)
-    assert sizes.tolist() == [7, 9, 500, 3]
+    for classes, sizes, values in (compiled("dense_classes", factors), _host.dense_classes_numpy(factors)):
+        for k in range(4):
+            expected, inverse = np.unique(factors[:, k], return_inverse=True)
+            assert np.array_equal(values[k], expected)
+            assert np.array_equal(classes[k], inverse)
+        assert sizes.tolist() == [7, 9, n, 3]
+        assert (classes.dtype, sizes.dtype) == (np.int32, np.int32)
+
+
+@needs_extension
+@pytest.mark.parametrize("n", [0, 1, 3001, 40_000])
+def test_group_rows(compiled, n):
+    _, classes, sizes = sample(2, n=n)
+    rows, starts = compiled("group_rows", classes, sizes)
+    expected_rows, expected_starts = _host.group_rows_numpy(classes, sizes)
+    assert np.array_equal(rows, expected_rows)
+    assert np.array_equal(starts, expected_starts)
+    assert (rows.dtype, starts.dtype) == (np.uint32, np.int64)
 
 
 @needs_extension

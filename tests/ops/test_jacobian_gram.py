@@ -61,3 +61,17 @@ def test_half_precision_gives_float32():
 def test_too_few_dimensions_are_refused():
     with pytest.raises(ValueError, match=r"jacobian has shape \[3, 4\]; \[B, K, \*\], tangents by rows, is needed"):
         fastdis.jacobian_gram(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("by_latents", [False, True])
+@pytest.mark.parametrize("dimensions", [16384, 16383])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_too_large_for_a_cache(dtype, dimensions, by_latents):
+    """They are stored in another way where rows allow it."""
+    jacobian = torch.randn(10, 14, dimensions, dtype=dtype).transpose(0, 1)
+    jacobian = (jacobian if by_latents else jacobian.contiguous()).requires_grad_()
+    assert jacobian.numel() * jacobian.element_size() >= 8 << 20
+    weights = torch.randn(14, 10, 10, dtype=dtype)
+    (gradient,) = torch.autograd.grad((fastdis.jacobian_gram(jacobian) * weights).sum(), jacobian)
+    exact = (weights + weights.mT).double() @ jacobian.detach().double()
+    torch.testing.assert_close(gradient, exact.to(dtype), rtol=1e-5, atol=1e-4)
