@@ -47,8 +47,8 @@ def as_factors(
         raise ValueError(f"{codes_name} and {name} must have as many rows, got {n} and {len(array)}")
     if varying:
         # Some rows tell nearly always, and columns are slow to read.
-        constant = np.flatnonzero((array[:256] == array[:1]).all(axis=0))
-        constant = [k for k in constant if (array[:, k] == array[0, k]).all()]
+        suspects = np.flatnonzero((array[:256] == array[:1]).all(axis=0))
+        constant = [k for k in suspects if (array[:, k] == array[0, k]).all()]
         if constant:
             raise ValueError(
                 f"{name} column {constant[0]} never varies: leave it out, there is nothing to tell about it"
