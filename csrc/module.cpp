@@ -23,6 +23,7 @@
 #include "host/segments.h"
 #include "host/shapes3d.h"
 #include "host/votes.h"
+#include "module_neighbourhoods.h"
 
 #define FASTDIS_STRING_(...) #__VA_ARGS__
 #define FASTDIS_STRING(...) FASTDIS_STRING_(__VA_ARGS__)
@@ -403,4 +404,5 @@ PYBIND11_MODULE(_C, m) {
   // Nothing is converted: the images are written where they are.
   m.def("shapes3d_images", &shapes3d_images, py::arg("weights"), py::arg("colors"), py::arg("images").noconvert(),
         py::arg("threads"), "Colour weights into images, uint8 [colorings, geometries, pixels, 3], in place.");
+  bind_neighbourhoods(m);
 }

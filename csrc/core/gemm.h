@@ -1,7 +1,8 @@
-// A small dense matrix product for operands that are already in cache, compiled per instruction set.
+// Small dense matrix products for operands that are already in cache, compiled per instruction set.
 
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -78,6 +79,38 @@ FASTDIS_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const
                                   accumulate);
     }
   }
+}
+
+// Rows in a tile of pairs.
+template <class Isa>
+constexpr int pair_tile = Isa::vector_bytes == 64 ? 4 : 2;
+
+// sums[i * tile + j] += row_i * row_j, by vectors, for a tile of pairs; rows at or past `latents` repeat the last.
+template <class Isa, class A, int tile>
+FASTDIS_INLINE void multiply_pairs(const A* rows, int64_t row, int64_t count, int64_t first, int64_t second,
+                                   int64_t latents, A* sums) {
+  typedef A Vector __attribute__((vector_size(Isa::vector_bytes), aligned(alignof(A)), may_alias));
+  constexpr int lanes = Isa::vector_bytes / sizeof(A);
+  const auto for_each = []<int... i>(std::integer_sequence<int, i...>, const auto& body)
+                            FASTDIS_INLINE_LAMBDA { (body(std::integral_constant<int, i>{}), ...); };
+  constexpr auto side = std::make_integer_sequence<int, tile>{};
+  constexpr auto all = std::make_integer_sequence<int, tile * tile>{};
+  const A *left[tile], *right[tile];
+  for_each(side, [&](auto i) FASTDIS_INLINE_LAMBDA {
+    left[i] = rows + std::min<int64_t>(first + i, latents - 1) * row;
+    right[i] = rows + std::min<int64_t>(second + i, latents - 1) * row;
+  });
+  Vector sum[tile * tile];
+  for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA { sum[i] = reinterpret_cast<Vector*>(sums)[i]; });
+  for (int64_t d = 0; d < count; d += lanes) {
+    Vector a[tile], b[tile];
+    for_each(side, [&](auto i) FASTDIS_INLINE_LAMBDA {
+      a[i] = *reinterpret_cast<const Vector*>(left[i] + d);
+      b[i] = *reinterpret_cast<const Vector*>(right[i] + d);
+    });
+    for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA { sum[i] += a[i / tile] * b[i % tile]; });
+  }
+  for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA { reinterpret_cast<Vector*>(sums)[i] = sum[i]; });
 }
 
 }  // namespace fastdis

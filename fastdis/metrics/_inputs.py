@@ -43,17 +43,31 @@ def as_factors(
         raise TypeError(f"{name} must be integers, got {array.dtype}; number the values of a continuous factor first")
     if array.ndim != 2 or array.shape[1] == 0:
         raise ValueError(f"{name} must have shape [n, K] with at least one factor, got {list(array.shape)}")
+    _check_rows(array, n, name, codes_name)
+    if varying:
+        _refuse_constant(array, name)
+    return array.astype(np.int64)
+
+
+def as_latents(factors: np.ndarray | Tensor, n: int) -> np.ndarray:
+    """Return factors that may be any real numbers as float64 [n, K], refusing what :func:`as_factors` refuses."""
+    array = as_codes(factors, "factors")
+    _check_rows(array, n, "factors", "codes")
+    _refuse_constant(array, "factors")
+    return array
+
+
+def _check_rows(array: np.ndarray, n: int, name: str, codes_name: str) -> None:
     if len(array) != n:
         raise ValueError(f"{codes_name} and {name} must have as many rows, got {n} and {len(array)}")
-    if varying:
-        # Some rows tell nearly always, and columns are slow to read.
-        suspects = np.flatnonzero((array[:256] == array[:1]).all(axis=0))
-        constant = [k for k in suspects if (array[:, k] == array[0, k]).all()]
-        if constant:
-            raise ValueError(
-                f"{name} column {constant[0]} never varies: leave it out, there is nothing to tell about it"
-            )
-    return array.astype(np.int64)
+
+
+def _refuse_constant(array: np.ndarray, name: str) -> None:
+    # Some rows tell nearly always, and columns are slow to read.
+    suspects = np.flatnonzero((array[:256] == array[:1]).all(axis=0))
+    constant = [k for k in suspects if (array[:, k] == array[0, k]).all()]
+    if constant:
+        raise ValueError(f"{name} column {constant[0]} never varies: leave it out, there is nothing to tell about it")
 
 
 def as_generator(seed: int) -> np.random.Generator:

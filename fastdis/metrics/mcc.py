@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fastdis.metrics._centred import centred, correlations
-from fastdis.metrics._inputs import as_codes, as_factors
+from fastdis.metrics._inputs import as_codes, as_latents
 from fastdis.metrics.result import Result
 
 
@@ -52,7 +52,7 @@ def mcc(
     ----------
     codes : real, [n, d]
         What an encoder made of n images, usually the posterior means.
-    factors : integer, [n, K]
+    factors : real, [n, K]
         The factors the images were made from. Their values are taken as numbers: the order of an unordered factor,
         such as shape, is arbitrary, and so is its correlation.
     correlation : {"pearson", "spearman"}, optional
@@ -69,9 +69,9 @@ def mcc(
     Raises
     ------
     TypeError
-        Codes are not real numbers, or factors not integers.
+        Codes or factors are not real numbers.
     ValueError
-        Shapes do not fit, a code is NaN or infinite, a factor never varies, or ``correlation`` is unknown.
+        Shapes do not fit, a code or factor is NaN or infinite, a factor never varies, or ``correlation`` is unknown.
     ImportError
         SciPy is missing.
 
@@ -95,7 +95,7 @@ def mcc(
     except ImportError as error:
         raise ImportError("mcc needs SciPy: pip install 'fastdis[metrics]'") from error
     points = as_codes(codes)
-    values = as_factors(factors, len(points)).astype(np.float64)
+    values = as_latents(factors, len(points))
     if correlation == "spearman":
         from scipy.stats import rankdata
 

@@ -1,0 +1,393 @@
+#include "neighbourhoods.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "../core/gemm.h"
+#include "../core/isa.h"
+#include "../core/threads.h"
+
+namespace fastdis::host {
+
+namespace {
+
+constexpr int64_t chunk = 1024;  // dimensions whose sums stay in the points' own precision
+
+void check_below(const int64_t* indices, int64_t count, int64_t n) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (indices[i] < 0 || indices[i] >= n) throw std::out_of_range("an index is below 0 or not below n");
+  }
+}
+
+template <class T>
+struct Distances {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const T* points, int64_t D, const T* query, const int64_t* candidates, int64_t count,
+                                 double* out) {
+    for (int64_t c = 0; c < count; ++c) {
+      const T* point = points + candidates[c] * D;
+      double total = 0;
+      for (int64_t first = 0; first < D; first += chunk) {
+        const int64_t last = std::min(D, first + chunk);
+        T sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = first; j < last; ++j) sum += (query[j] - point[j]) * (query[j] - point[j]);
+        total += static_cast<double>(sum);
+      }
+      out[c] = total;
+    }
+  }
+};
+
+// Adds to gram [k, k], its upper triangle, what dimensions `first` to `first + length` give; length is at most `chunk`,
+// which is the length of the rows of `differences` [k, chunk].
+template <class T>
+struct LocalGram {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const T* points, int64_t D, const T* centre, const int64_t* neighbours, int64_t k,
+                                 int64_t first, int64_t length, T* differences, double* gram) {
+    constexpr int tile = pair_tile<Isa>;
+    constexpr int lanes = Isa::vector_bytes / sizeof(T);
+    alignas(64) T sums[tile * tile * lanes];
+    const int64_t whole = padded(length, column_pad<T>);
+    for (int64_t a = 0; a < k; ++a) {
+      const T* from = points + neighbours[a] * D + first;
+      T* to = differences + a * chunk;
+#pragma omp simd
+      for (int64_t j = 0; j < length; ++j) to[j] = from[j] - centre[first + j];
+      for (int64_t j = length; j < whole; ++j) to[j] = 0;
+    }
+    for (int64_t a = 0; a < k; a += tile) {
+      for (int64_t b = a; b < k; b += tile) {
+        std::fill_n(sums, tile * tile * lanes, T(0));
+        multiply_pairs<Isa, T, tile>(differences, chunk, whole, a, b, k, sums);
+        for (int64_t i = 0; i < std::min<int64_t>(tile, k - a); ++i) {
+          for (int64_t j = 0; j < std::min<int64_t>(tile, k - b); ++j) {
+            const T* pair = sums + (i * tile + j) * lanes;
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int lane = 0; lane < lanes; ++lane) sum += static_cast<double>(pair[lane]);
+            gram[(a + i) * k + b + j] += sum;
+          }
+        }
+      }
+    }
+  }
+};
+
+// Fills in the lower triangle of a Gram matrix, and subtracts what the mean of its points contributes.
+void centre_gram(double* gram, int64_t k, double* means) {
+  for (int64_t a = 0; a < k; ++a) {
+    for (int64_t b = 0; b < a; ++b) gram[a * k + b] = gram[b * k + a];
+  }
+  double grand = 0;
+  for (int64_t a = 0; a < k; ++a) {
+    double sum = 0;
+    for (int64_t b = 0; b < k; ++b) sum += gram[a * k + b];
+    means[a] = sum / static_cast<double>(k);
+    grand += means[a];
+  }
+  grand /= static_cast<double>(k);
+  for (int64_t a = 0; a < k; ++a) {
+    for (int64_t b = 0; b < k; ++b) gram[a * k + b] += grand - means[a] - means[b];
+  }
+}
+
+// Makes rows [count, length] orthonormal, twice, so that what rounding leaves the first time is gone; returns the
+// smallest share of a row's length that was left.
+double orthonormalize(double* rows, int64_t count, int64_t length, int64_t begin) {
+  double least = 1;
+  for (int64_t i = begin; i < count; ++i) {
+    double* row = rows + i * length;
+    double before = 0, after = 0;
+    for (int64_t j = 0; j < length; ++j) before += row[j] * row[j];
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int64_t other = 0; other < i; ++other) {
+        const double* unit = rows + other * length;
+        double product = 0;
+#pragma omp simd reduction(+ : product)
+        for (int64_t j = 0; j < length; ++j) product += unit[j] * row[j];
+#pragma omp simd
+        for (int64_t j = 0; j < length; ++j) row[j] -= product * unit[j];
+      }
+    }
+    for (int64_t j = 0; j < length; ++j) after += row[j] * row[j];
+    least = std::min(least, before > 0 ? std::sqrt(after / before) : 0.0);
+    const double scale = after > 0 ? 1 / std::sqrt(after) : 0.0;
+    for (int64_t j = 0; j < length; ++j) row[j] *= scale;
+  }
+  return least;
+}
+
+// Eigenvalues and vectors (as columns) of a symmetric matrix [r, r], by rotations (Jacobi); largest first.
+void jacobi(double* matrix, int64_t r, double* vectors, std::vector<int64_t>& order) {
+  for (int64_t i = 0; i < r * r; ++i) vectors[i] = i % (r + 1) == 0 ? 1.0 : 0.0;
+  for (int sweep = 0; sweep < 30; ++sweep) {
+    double off = 0, on = 0;
+    for (int64_t i = 0; i < r; ++i) {
+      on += matrix[i * r + i] * matrix[i * r + i];
+      for (int64_t j = 0; j < i; ++j) off += matrix[i * r + j] * matrix[i * r + j];
+    }
+    if (off <= 1e-34 * on) break;
+    for (int64_t p = 0; p < r; ++p) {
+      for (int64_t q = p + 1; q < r; ++q) {
+        const double apq = matrix[p * r + q];
+        if (apq == 0) continue;
+        const double theta = (matrix[q * r + q] - matrix[p * r + p]) / (2 * apq);
+        const double t = (theta >= 0 ? 1.0 : -1.0) / (std::abs(theta) + std::sqrt(theta * theta + 1));
+        const double c = 1 / std::sqrt(t * t + 1), s = t * c;
+        for (int64_t j = 0; j < r; ++j) {
+          const double x = matrix[j * r + p], y = matrix[j * r + q];
+          matrix[j * r + p] = c * x - s * y;
+          matrix[j * r + q] = s * x + c * y;
+        }
+        for (int64_t j = 0; j < r; ++j) {
+          const double x = matrix[p * r + j], y = matrix[q * r + j];
+          matrix[p * r + j] = c * x - s * y;
+          matrix[q * r + j] = s * x + c * y;
+        }
+        for (int64_t j = 0; j < r; ++j) {
+          const double x = vectors[j * r + p], y = vectors[j * r + q];
+          vectors[j * r + p] = c * x - s * y;
+          vectors[j * r + q] = s * x + c * y;
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < r; ++i) order[i] = i;
+  std::stable_sort(order.begin(), order.begin() + r,
+                   [&](int64_t a, int64_t b) { return matrix[a * r + a] > matrix[b * r + b]; });
+}
+
+// Subspace iteration with Rayleigh-Ritz steps on one matrix, on more vectors than are wanted: what is wanted converges
+// like the first eigenvalue left out relative to the last wanted. Rows of `v` and `w` [r, k] are the vectors.
+class Leading {
+ public:
+  Leading(int64_t k, int64_t d)
+      : k_(k), d_(d), r_(std::min(k, d + 4)), v_(r_ * k), w_(r_ * k), small_(r_ * r_), turn_(r_ * r_), order_(r_) {}
+
+  bool find(const double* gram, double* vectors, double* values) {
+    // Any start that is no eigenvector's complement does: fixed, so that results are.
+    uint64_t state = 0x9E3779B97F4A7C15u;
+    for (double& x : v_) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      x = static_cast<double>(state >> 11) * 0x1p-53 - 0.5;
+    }
+    orthonormalize(v_.data(), r_, k_, 0);
+    bool settled = false;
+    for (int round = 0; round < 40 && !settled; ++round) {
+      for (int step = 0; step < 2; ++step) {
+        multiply_rows(gram);
+        std::swap(v_, w_);
+        orthonormalize(v_.data(), r_, k_, 0);
+      }
+      settled = rayleigh_ritz(gram);
+    }
+    for (int64_t a = 0; a < k_; ++a) {
+      for (int64_t j = 0; j < d_; ++j) vectors[a * d_ + j] = v_[j * k_ + a];
+    }
+    for (int64_t j = 0; j <= d_; ++j) values[j] = j < r_ ? value(j) : 0.0;
+    return settled;
+  }
+
+ private:
+  double value(int64_t j) const { return small_[order_[j] * r_ + order_[j]]; }
+
+  // w = gram v, for every vector.
+  void multiply_rows(const double* gram) {
+    for (int64_t i = 0; i < r_; ++i) {
+      double* to = w_.data() + i * k_;
+      std::fill_n(to, k_, 0.0);
+      for (int64_t a = 0; a < k_; ++a) {
+        const double factor = v_[i * k_ + a];
+        const double* row = gram + a * k_;
+#pragma omp simd
+        for (int64_t b = 0; b < k_; ++b) to[b] += factor * row[b];
+      }
+    }
+  }
+
+  // Turns v into Ritz vectors; returns whether the wanted ones solve the eigenproblem to rounding.
+  bool rayleigh_ritz(const double* gram) {
+    multiply_rows(gram);
+    for (int64_t i = 0; i < r_; ++i) {
+      for (int64_t j = 0; j < r_; ++j) {
+        double product = 0;
+        for (int64_t a = 0; a < k_; ++a) product += v_[i * k_ + a] * w_[j * k_ + a];
+        small_[i * r_ + j] = product;
+      }
+    }
+    for (int64_t i = 0; i < r_; ++i) {
+      for (int64_t j = 0; j < i; ++j)
+        small_[i * r_ + j] = small_[j * r_ + i] = 0.5 * (small_[i * r_ + j] + small_[j * r_ + i]);
+    }
+    jacobi(small_.data(), r_, turn_.data(), order_);
+    std::vector<double> turned(r_ * k_), images(r_ * k_);
+    for (int64_t i = 0; i < r_; ++i) {
+      for (int64_t j = 0; j < r_; ++j) {
+        const double factor = turn_[j * r_ + order_[i]];
+#pragma omp simd
+        for (int64_t a = 0; a < k_; ++a) {
+          turned[i * k_ + a] += factor * v_[j * k_ + a];
+          images[i * k_ + a] += factor * w_[j * k_ + a];
+        }
+      }
+    }
+    v_.swap(turned);
+    // A residual turns the wanted subspace by its length over the gap, so it is the gap that it is measured with.
+    const double gap = value(d_ - 1) - (d_ < r_ ? value(d_) : 0.0);
+    double worst = 0;
+    for (int64_t j = 0; j < d_; ++j) {
+      double square = 0;
+      for (int64_t a = 0; a < k_; ++a) {
+        const double rest = images[j * k_ + a] - value(j) * v_[j * k_ + a];
+        square += rest * rest;
+      }
+      worst = std::max(worst, square);
+    }
+    return std::sqrt(worst) <= std::max(1e-11 * gap, 4e-15 * value(0)) && gap > 0;
+  }
+
+  int64_t k_, d_, r_;
+  std::vector<double> v_, w_, small_, turn_;
+  std::vector<int64_t> order_;
+};
+
+}  // namespace
+
+template <class T>
+void squared_distances(const T* points, int64_t n, int64_t D, const T* queries, int64_t m, const int64_t* candidates,
+                       int64_t count, double* out, int threads) {
+  check_below(candidates, m * count, n);
+  parallel_ranges(m, 16, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q) {
+      multiversion<Distances<T>>(points, D, queries + q * D, candidates + q * count, count, out + q * count);
+    }
+  });
+}
+
+template <class T>
+void local_grams(const T* points, int64_t n, int64_t D, const T* centres, int64_t m, const int64_t* neighbours,
+                 int64_t k, double* grams, int threads) {
+  check_below(neighbours, m * k, n);
+  std::fill_n(grams, m * k * k, 0.0);
+  // Some dimensions of all points at a time: they stay in cache while each point is read as a neighbour of many.
+  for (int64_t first = 0; first < D; first += chunk) {
+    const int64_t length = std::min(chunk, D - first);
+    parallel_ranges(m, 8, threads, [&](int64_t begin, int64_t end) {
+      Buffer<T> differences(k * chunk);
+      for (int64_t q = begin; q < end; ++q) {
+        multiversion<LocalGram<T>>(points, D, centres + q * D, neighbours + q * k, k, first, length, differences.data(),
+                                   grams + q * k * k);
+      }
+    });
+  }
+  parallel_ranges(m, 64, threads, [&](int64_t begin, int64_t end) {
+    std::vector<double> means(k);
+    for (int64_t q = begin; q < end; ++q) centre_gram(grams + q * k * k, k, means.data());
+  });
+}
+
+template void squared_distances(const float*, int64_t, int64_t, const float*, int64_t, const int64_t*, int64_t, double*,
+                                int);
+template void squared_distances(const double*, int64_t, int64_t, const double*, int64_t, const int64_t*, int64_t,
+                                double*, int);
+template void local_grams(const float*, int64_t, int64_t, const float*, int64_t, const int64_t*, int64_t, double*, int);
+template void local_grams(const double*, int64_t, int64_t, const double*, int64_t, const int64_t*, int64_t, double*,
+                          int);
+
+void leading_vectors(const double* grams, int64_t m, int64_t k, int64_t d, double* vectors, double* values,
+                     bool* settled, int threads) {
+  parallel_ranges(m, 16, threads, [&](int64_t begin, int64_t end) {
+    Leading leading(k, d);
+    for (int64_t q = begin; q < end; ++q)
+      settled[q] = leading.find(grams + q * k * k, vectors + q * k * d, values + q * (d + 1));
+  });
+}
+
+void hessian_bases(const double* vectors, int64_t m, int64_t k, int64_t d, double* bases, bool* full, int threads) {
+  const int64_t p = d * (d + 1) / 2, columns = 1 + d + p;
+  parallel_ranges(m, 16, threads, [&](int64_t begin, int64_t end) {
+    std::vector<double> rows(columns * k);
+    for (int64_t q = begin; q < end; ++q) {
+      const double* frame = vectors + q * k * d;
+      for (int64_t a = 0; a < k; ++a) {
+        rows[a] = 1.0;
+        for (int64_t j = 0; j < d; ++j) rows[(1 + j) * k + a] = frame[a * d + j];
+        int64_t column = 1 + d;
+        for (int64_t i = 0; i < d; ++i) {
+          for (int64_t j = i; j < d; ++j) rows[column++ * k + a] = frame[a * d + i] * frame[a * d + j];
+        }
+      }
+      full[q] = orthonormalize(rows.data(), columns, k, 0) > 1e-8;
+      for (int64_t a = 0; a < k; ++a) {
+        for (int64_t c = 0; c < p; ++c) bases[(q * k + a) * p + c] = rows[(1 + d + c) * k + a];
+      }
+    }
+  });
+}
+
+SparseRows alignment(const int64_t* neighbours, const double* bases, int64_t m, int64_t n, int64_t k, int64_t r,
+                     bool complement, int threads) {
+  check_below(neighbours, m * k, n);
+  if (n > INT32_MAX) throw std::out_of_range("there must be fewer than 2**31 points");
+  // Where each point is a neighbour, in rising order of whose.
+  std::vector<int64_t> starts(n + 1, 0), places(m * k);
+  for (int64_t i = 0; i < m * k; ++i) ++starts[neighbours[i] + 1];
+  for (int64_t i = 0; i < n; ++i) starts[i + 1] += starts[i];
+  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+  for (int64_t i = 0; i < m * k; ++i) places[next[neighbours[i]]++] = i;
+
+  // A row at a time: its columns are few, but scattered.
+  constexpr int64_t at_once = 64;
+  const int64_t pieces = (n + at_once - 1) / at_once;
+  std::vector<std::vector<int32_t>> columns(pieces);
+  std::vector<std::vector<double>> values(pieces);
+  SparseRows result;
+  result.starts.assign(n + 1, 0);
+  parallel_ranges(pieces, 1, threads, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(n, 0.0), products(k);
+    std::vector<bool> seen(n, false);
+    std::vector<int32_t> touched;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      for (int64_t row = piece * at_once; row < std::min(n, (piece + 1) * at_once); ++row) {
+        touched.clear();
+        for (int64_t i = starts[row]; i < starts[row + 1]; ++i) {
+          const int64_t q = places[i] / k, own = places[i] % k;
+          const double *basis = bases + q * k * r, *mine = basis + own * r;
+          for (int64_t b = 0; b < k; ++b) {
+            double product = 0;
+            for (int64_t c = 0; c < r; ++c) product += mine[c] * basis[b * r + c];
+            const int64_t column = neighbours[q * k + b];
+            if (!seen[column]) {
+              seen[column] = true;
+              touched.push_back(static_cast<int32_t>(column));
+            }
+            sums[column] += complement ? (b == own ? 1.0 : 0.0) - product : product;
+          }
+        }
+        std::sort(touched.begin(), touched.end());
+        for (const int32_t column : touched) {
+          columns[piece].push_back(column);
+          values[piece].push_back(sums[column]);
+          sums[column] = 0.0;
+          seen[column] = false;
+        }
+        result.starts[row + 1] = static_cast<int64_t>(touched.size());
+      }
+    }
+  });
+  for (int64_t i = 0; i < n; ++i) result.starts[i + 1] += result.starts[i];
+  result.columns.reserve(result.starts[n]);
+  result.values.reserve(result.starts[n]);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    result.columns.insert(result.columns.end(), columns[piece].begin(), columns[piece].end());
+    result.values.insert(result.values.end(), values[piece].begin(), values[piece].end());
+    columns[piece] = {};
+    values[piece] = {};
+  }
+  return result;
+}
+
+}  // namespace fastdis::host

@@ -1,0 +1,99 @@
+"""The smooth functions on a neighbourhood graph: eigenvectors of the smallest eigenvalues, but for constants."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+
+DENSE_POINTS = 4000  # up to which a dense factor costs less than a sparse one
+SHIFTS = (1e-14, 1e-12, 1e-10)  # of the diagonal's mean: makes a singular matrix definite; the least that does it
+TOLERANCE = 1e-9
+MOST_ROUNDS = 200
+
+
+def null_space(matrix: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return d eigenvectors and d + 1 eigenvalues of a positive semidefinite matrix with constant rows in its kernel.
+
+    Parameters
+    ----------
+    matrix : sparse array of float64, [n, n]
+        Symmetric.
+    d : int
+        Smaller than n - 1.
+
+    Returns
+    -------
+    vectors : ndarray of float64, [n, d]
+        Orthonormal, and orthogonal to constants; smallest eigenvalue first, of either sign: the entry of each that is
+        largest in size is positive.
+    values : ndarray of float64, [d + 1]
+        In rising order.
+
+    Warns
+    -----
+    ConvergenceWarning
+        The eigenvalues wanted are not told from the next ones.
+
+    Notes
+    -----
+    Inverse iteration on a few vectors more than are wanted, on one factorisation.
+    """
+    n = matrix.shape[0]
+    solve = _solver(matrix)
+    width = min(n - 1, d + max(4, d // 2))
+    vectors = np.random.default_rng(0).standard_normal((n, width))
+    vectors = _orthonormal(vectors)
+    wanted = vectors[:, :d]
+    values = np.zeros(width)
+    gap = min(d, width - 1)
+    for _ in range(MOST_ROUNDS):
+        vectors = _orthonormal(solve(vectors))
+        before = values[gap]
+        values, turn = np.linalg.eigh(vectors.T @ (matrix @ vectors))
+        vectors = vectors @ turn
+        # The sine of the largest angle between the last subspace and this.
+        change = np.linalg.norm(wanted - vectors[:, :d] @ (vectors[:, :d].T @ wanted), 2)
+        wanted = vectors[:, :d]
+        if change < TOLERANCE and abs(values[gap] - before) <= 1e-7 * values[gap]:
+            break
+    else:
+        warnings.warn(
+            f"the null space was still turning by {change:.1e} after {MOST_ROUNDS} rounds: eigenvalues {d} and "
+            f"{d + 1}, {values[d - 1]:.2e} and {values[gap]:.2e}, are too near; n_components may be wrong",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    largest = np.abs(wanted).argmax(axis=0)
+    signs = np.where(wanted[largest, np.arange(d)] < 0, -1.0, 1.0)
+    return wanted * signs, np.append(values, np.inf)[: d + 1]
+
+
+def _orthonormal(vectors: np.ndarray) -> np.ndarray:
+    return np.linalg.qr(vectors - vectors.mean(axis=0))[0]
+
+
+def _solver(matrix: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that solves (matrix + shift) x = b."""
+    from scipy import linalg, sparse
+    from scipy.sparse.linalg import splu
+
+    n = matrix.shape[0]
+    least, middle, largest = (shift * matrix.diagonal().mean() for shift in SHIFTS)
+    if n <= DENSE_POINTS or matrix.nnz > 0.05 * n**2:
+        for shift in (least, middle, largest):
+            shifted = matrix.toarray(order="F")
+            shifted[np.diag_indices(n)] += shift
+            try:
+                factor = linalg.cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
+            except linalg.LinAlgError:
+                if shift == largest:
+                    raise
+            else:
+                return lambda b: linalg.cho_solve(factor, b, check_finite=False)
+    # The matrix is symmetric and definite: what is best for sparsity is stable.
+    shifted = (matrix + middle * sparse.eye_array(n, format="csr")).tocsc()
+    return splu(shifted, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}).solve

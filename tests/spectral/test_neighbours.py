@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+from sklearn.neighbors import NearestNeighbors
+
+from fastdis.spectral import _neighbours
+from fastdis.spectral._neighbours import NeighbourSearch
+
+
+def points_of(kind, n, D, dtype):
+    rng = np.random.default_rng(n + D)
+    if kind == "noise":
+        points = rng.standard_normal((n, D))
+    elif kind == "curve":  # all in few directions, very near to each other
+        t = np.sort(rng.uniform(0, 6, (n, 1)))
+        points = np.sin(t * rng.uniform(0.5, 2, (1, D)) + rng.uniform(0, 6, (1, D)))
+    else:  # far from the origin
+        points = rng.standard_normal((n, D)) + 1000
+    return points.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["noise", "curve", "offset"])
+@pytest.mark.parametrize(("n", "D", "k"), [(2, 1, 1), (40, 3, 39), (400, 20, 10), (700, 600, 25)])
+def test_neighbours_are_exact(monkeypatch, kind, n, D, k, dtype):
+    monkeypatch.setattr(_neighbours, "BLOCK_BYTES", 4 * n * 37)  # several blocks
+    points = points_of(kind, n, D, dtype)
+    found, squares = NeighbourSearch(points).nearest(k)
+    exact = points.astype(np.float64)
+    distances, _ = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(exact).kneighbors(exact)
+    truth = np.square(exact[found] - exact[:, None]).sum(axis=2)
+    assert (found != np.arange(n)[:, None]).all()
+    assert (np.sort(found, axis=1)[:, 1:] > np.sort(found, axis=1)[:, :-1]).all()
+    tolerance = 1e-4 if dtype == np.float32 else 1e-6
+    np.testing.assert_allclose(squares, truth, rtol=tolerance, atol=1e-12)
+    np.testing.assert_allclose(np.sqrt(truth), distances[:, 1:], rtol=tolerance, atol=2e-6 * (kind == "offset"))
+
+
+def test_queries_are_placed_among_the_points():
+    points = points_of("noise", 300, 9, np.float64)
+    queries = points_of("noise", 50, 9, np.float64)
+    found, squares = NeighbourSearch(points).nearest(6, queries)
+    distances, indices = NearestNeighbors(n_neighbors=6, algorithm="brute").fit(points).kneighbors(queries)
+    assert np.array_equal(found, indices)
+    np.testing.assert_allclose(np.sqrt(squares), distances)
+    assert NeighbourSearch(points).nearest(1, points)[0][:, 0].tolist() == list(range(300))
+
+
+def test_of_equally_near_points_the_first_come_first():
+    points = np.array([[0.0, 0], [1, 0], [0, 1], [-1, 0], [0, -1], [3, 3]])
+    found, _ = NeighbourSearch(points).nearest(3)
+    assert found[0].tolist() == [1, 2, 3]
