@@ -5,7 +5,7 @@ TRITON ?= triton==3.7.1
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test test-all bench bench-data bench-metrics lint format package clean
+.PHONY: help setup build demo test test-all bench bench-data bench-metrics bench-spectral lint format package clean
 
 help:
 	@echo "make demo     set up, train ProtoVAE on generated sprites, write runs/demo, print the op table"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench    measure every op against its peers, print the table, write benchmarks/results/cpu.json"
 	@echo "make bench-data      images a second of the generators      make bench-metrics   metrics against the reference"
 	@echo "                     implementation, which is fetched; FULL=1 adds DCI at full size and a whole model: an hour"
+	@echo "make bench-spectral  whole fits of the eigenmap against scikit-learn's"
 	@echo "make lint     ruff, clang-format, mypy      make format: apply the first two"
 	@echo "make package  sdist, a wheel from it, and that wheel in an empty environment"
 
@@ -48,6 +49,9 @@ bench-data: build
 
 bench-metrics: build
 	$(BIN)/python -m pytest benchmarks/metrics $(if $(FULL),--full) --benchmark-json=benchmarks/results/metrics.json
+
+bench-spectral: build
+	$(BIN)/python -m pytest benchmarks/spectral --benchmark-json=benchmarks/results/spectral.json
 
 CPP_FILES = $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 

@@ -11,6 +11,11 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    # Those that take minutes come first, or one worker would be left with them at the end.
+    items.sort(key=lambda item: "test_triton_interpreter" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

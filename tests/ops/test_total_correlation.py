@@ -26,8 +26,8 @@ class TestTotalCorrelation(ColumnSuite):
     @staticmethod
     def samples():
         return [
-            posteriors("mws", 7, 3),
-            posteriors("mss", 6, 4, estimator="mss"),
+            posteriors("mws", 5, 3),
+            posteriors("mss", 6, 4, estimator="mss", slow_in_interpreter=True),
             posteriors("two_samples", 2, 2, estimator="mss", dataset_size=2, slow_in_interpreter=True),
             posteriors("one_sample", 1, 2, slow_in_interpreter=True),
             posteriors("batches", 2, 5, 3, estimator="mss", slow_in_interpreter=True),
