@@ -1,4 +1,8 @@
 // Gradient boosting of a classifier, with exact splits or splits between bins.
+//
+// The one estimator of DCI that no library serves: scikit-learn sorts the rows of every node anew, in which it spends
+// nineteen twentieths of its minutes, and faster libraries grow other trees (second-order gains, leaves of one Newton
+// step on all rows), which moves DCI's scores by 0.04 to 0.08. scikit-learn is the tests' oracle.
 
 #pragma once
 

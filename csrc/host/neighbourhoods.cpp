@@ -20,22 +20,18 @@ void check_below(const int64_t* indices, int64_t count, int64_t n) {
   }
 }
 
+// Adds to out [count] what dimensions `first` to `last`, at most `chunk`, give.
 template <class T>
 struct Distances {
   template <class Isa>
   static FASTDIS_INLINE void run(const T* points, int64_t D, const T* query, const int64_t* candidates, int64_t count,
-                                 double* out) {
+                                 int64_t first, int64_t last, double* out) {
     for (int64_t c = 0; c < count; ++c) {
       const T* point = points + candidates[c] * D;
-      double total = 0;
-      for (int64_t first = 0; first < D; first += chunk) {
-        const int64_t last = std::min(D, first + chunk);
-        T sum = 0;
+      T sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = first; j < last; ++j) sum += (query[j] - point[j]) * (query[j] - point[j]);
-        total += static_cast<double>(sum);
-      }
-      out[c] = total;
+      for (int64_t j = first; j < last; ++j) sum += (query[j] - point[j]) * (query[j] - point[j]);
+      out[c] += static_cast<double>(sum);
     }
   }
 };
@@ -260,11 +256,16 @@ template <class T>
 void squared_distances(const T* points, int64_t n, int64_t D, const T* queries, int64_t m, const int64_t* candidates,
                        int64_t count, double* out, int threads) {
   check_below(candidates, m * count, n);
-  parallel_ranges(m, 16, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t q = begin; q < end; ++q) {
-      multiversion<Distances<T>>(points, D, queries + q * D, candidates + q * count, count, out + q * count);
-    }
-  });
+  std::fill_n(out, m * count, 0.0);
+  // Some dimensions of all points at a time: they stay in cache while each point is a candidate of many.
+  for (int64_t first = 0; first < D; first += chunk) {
+    parallel_ranges(m, 16, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t q = begin; q < end; ++q) {
+        multiversion<Distances<T>>(points, D, queries + q * D, candidates + q * count, count, first,
+                                   std::min(D, first + chunk), out + q * count);
+      }
+    });
+  }
 }
 
 template <class T>
@@ -272,7 +273,7 @@ void local_grams(const T* points, int64_t n, int64_t D, const T* centres, int64_
                  int64_t k, double* grams, int threads) {
   check_below(neighbours, m * k, n);
   std::fill_n(grams, m * k * k, 0.0);
-  // Some dimensions of all points at a time: they stay in cache while each point is read as a neighbour of many.
+  // As above.
   for (int64_t first = 0; first < D; first += chunk) {
     const int64_t length = std::min(chunk, D - first);
     parallel_ranges(m, 8, threads, [&](int64_t begin, int64_t end) {
