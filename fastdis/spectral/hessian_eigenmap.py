@@ -148,7 +148,10 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         lengths = np.diagonal(grams, axis1=1, axis2=2)
         products = 0.5 * (lengths - squares - (lengths - squares).mean(axis=1, keepdims=True))
         coordinates = self.embedding_[neighbours]
-        share = np.einsum("mkd,mk->md", vectors, products) / values[:, :d]
+        share = np.einsum("mkd,mk->md", vectors, products)
+        # A direction in which neighbours do not lie apart says nothing.
+        spread = values[:, :d] > INDEPENDENT * values[:, :1]
+        share = np.divide(share, values[:, :d], out=np.zeros_like(share), where=spread)
         placed = coordinates.mean(axis=1) + np.einsum("md,mkd,mkc->mc", share, vectors, coordinates, optimize=True)
         known = squares[:, 0] == 0
         placed[known] = self.embedding_[neighbours[known, 0]]

@@ -83,6 +83,14 @@ def test_other_points_are_placed_among_the_fitted(patch):
     np.testing.assert_allclose(eigenmap.transform(X[inner]), expected, atol=0.05)
 
 
+def test_a_point_far_from_all_or_near_equal_ones_is_placed_somewhere(patch):
+    _, X = patch
+    eigenmap = HessianEigenmap().fit(np.r_[X, np.repeat(X[:1], 7, axis=0)])
+    placed = eigenmap.transform(np.stack([X[0] + 1e-9, X[0] + 100]))
+    assert np.isfinite(placed).all()
+    np.testing.assert_allclose(placed[0], eigenmap.embedding_[0], atol=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_tensors(patch, dtype):
     given = torch.from_numpy(patch[1][:300]).to(dtype)
