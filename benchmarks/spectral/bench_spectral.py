@@ -79,7 +79,7 @@ def test_against_scikit_learn(benchmark, case: Case):
         theirs = LocallyLinearEmbedding(
             n_neighbors=case.k, n_components=case.d, method="hessian", eigen_solver=case.solver, n_jobs=threads
         )
-        with threadpool_limits(threads):
+        with threadpool_limits(threads, user_api="blas"):  # torch keeps its own number of threads
             started = time.perf_counter()
             found = theirs.fit_transform(X)
             return time.perf_counter() - started, found
