@@ -23,7 +23,7 @@
 #include "host/segments.h"
 #include "host/shapes3d.h"
 #include "host/votes.h"
-#include "module_neighbourhoods.h"
+#include "module.h"
 
 #define FASTDIS_STRING_(...) #__VA_ARGS__
 #define FASTDIS_STRING(...) FASTDIS_STRING_(__VA_ARGS__)
@@ -60,10 +60,6 @@ py::dict build_info() {
 
 using Reals = py::array_t<double, py::array::c_style>;
 using Classes = py::array_t<int32_t, py::array::c_style>;
-
-void check_that(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
 
 // The classes of all factors together.
 int64_t check_classes(const Classes& classes, const Classes& sizes, int64_t n) {
@@ -388,9 +384,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("least_varying_codes", &least_varying_codes, py::arg("codes"), py::arg("rows"), py::arg("starts"),
         py::arg("first"), py::arg("variances"), py::arg("active"), py::arg("seed"), py::arg("votes"),
         py::arg("samples"), py::arg("threads"));
-  m.def("philox4x32", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
+  m.def("philox4x32", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
     uint32_t words[4] = {c0, c1, c2, c3};
-    fastdis::host::philox4x32(words, key0, key1);
+    fastdis::host::philox4x32(words, key);
     return std::vector<uint32_t>(words, words + 4);
   });
   m.def("neighbour_information", &neighbour_information, py::arg("codes"), py::arg("classes"), py::arg("neighbours"),

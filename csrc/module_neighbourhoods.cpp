@@ -3,12 +3,9 @@
 // The pybind11 headers that torch 2.11 and 2.12 carry refuse to be compiled for a target version.
 #undef TORCH_TARGET_VERSION
 
-#include "module_neighbourhoods.h"
+#include "module.h"
 
 #include <pybind11/numpy.h>
-
-#include <cstring>
-#include <stdexcept>
 
 #include "host/neighbourhoods.h"
 
@@ -19,10 +16,6 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 using Indices = Array<int64_t>;
-
-void check_that(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
 
 template <class T>
 Array<double> squared_distances(const Array<T>& points, const Array<T>& queries, const Indices& candidates,

@@ -7,6 +7,7 @@
 #include "../core/gemm.h"
 #include "../core/isa.h"
 #include "../core/threads.h"
+#include "classes.h"
 
 namespace fastdis::host {
 
@@ -92,9 +93,9 @@ void centre_gram(double* gram, int64_t k, double* means) {
 
 // Makes rows [count, length] orthonormal, twice, so that what rounding leaves the first time is gone; returns the
 // smallest share of a row's length that was left.
-double orthonormalize(double* rows, int64_t count, int64_t length, int64_t begin) {
+double orthonormalize(double* rows, int64_t count, int64_t length) {
   double least = 1;
-  for (int64_t i = begin; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     double* row = rows + i * length;
     double before = 0, after = 0;
     for (int64_t j = 0; j < length; ++j) before += row[j] * row[j];
@@ -170,13 +171,13 @@ class Leading {
       state = state * 6364136223846793005u + 1442695040888963407u;
       x = static_cast<double>(state >> 11) * 0x1p-53 - 0.5;
     }
-    orthonormalize(v_.data(), r_, k_, 0);
+    orthonormalize(v_.data(), r_, k_);
     bool settled = false;
     for (int round = 0; round < 40 && !settled; ++round) {
       for (int step = 0; step < 2; ++step) {
         multiply_rows(gram);
         std::swap(v_, w_);
-        orthonormalize(v_.data(), r_, k_, 0);
+        orthonormalize(v_.data(), r_, k_);
       }
       settled = rayleigh_ritz(gram);
     }
@@ -321,7 +322,7 @@ void hessian_bases(const double* vectors, int64_t m, int64_t k, int64_t d, doubl
           for (int64_t j = i; j < d; ++j) rows[column++ * k + a] = frame[a * d + i] * frame[a * d + j];
         }
       }
-      full[q] = orthonormalize(rows.data(), columns, k, 0) > 1e-8;
+      full[q] = orthonormalize(rows.data(), columns, k) > 1e-8;
       for (int64_t a = 0; a < k; ++a) {
         for (int64_t c = 0; c < p; ++c) bases[(q * k + a) * p + c] = rows[(1 + d + c) * k + a];
       }
@@ -333,12 +334,12 @@ SparseRows alignment(const int64_t* neighbours, const double* bases, int64_t m, 
                      bool complement, int threads) {
   check_below(neighbours, m * k, n);
   if (n > INT32_MAX) throw std::out_of_range("there must be fewer than 2**31 points");
+  if (m * k > UINT32_MAX) throw std::out_of_range("there must be fewer than 2**32 neighbours");
   // Where each point is a neighbour, in rising order of whose.
-  std::vector<int64_t> starts(n + 1, 0), places(m * k);
-  for (int64_t i = 0; i < m * k; ++i) ++starts[neighbours[i] + 1];
-  for (int64_t i = 0; i < n; ++i) starts[i + 1] += starts[i];
-  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-  for (int64_t i = 0; i < m * k; ++i) places[next[neighbours[i]]++] = i;
+  const std::vector<int32_t> points(neighbours, neighbours + m * k);
+  std::vector<uint32_t> places(m * k);
+  std::vector<int64_t> starts(n + 1);
+  group_rows(points.data(), m * k, static_cast<int32_t>(n), places.data(), starts.data());
 
   // A row at a time: its columns are few, but scattered.
   constexpr int64_t at_once = 64;

@@ -12,19 +12,13 @@
 
 namespace fastdis::host {
 
-void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53u} * counter[0];
-    const uint64_t b = uint64_t{0xCD9E8D57u} * counter[2];
-    const uint32_t next0 = static_cast<uint32_t>(b >> 32) ^ counter[1] ^ key0;
-    const uint32_t next2 = static_cast<uint32_t>(a >> 32) ^ counter[3] ^ key1;
-    counter[0] = next0;
-    counter[1] = static_cast<uint32_t>(b);
-    counter[2] = next2;
-    counter[3] = static_cast<uint32_t>(a);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
+void philox4x32(uint32_t counter[4], uint64_t key) {
+  uint64_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+  philox<Baseline>(key, c0, c1, c2, c3);
+  counter[0] = static_cast<uint32_t>(c0);
+  counter[1] = static_cast<uint32_t>(c1);
+  counter[2] = static_cast<uint32_t>(c2);
+  counter[3] = static_cast<uint32_t>(c3);
 }
 
 namespace {
@@ -39,7 +33,7 @@ struct Draws {
     for (uint32_t attempt = 0;; ++attempt) {
       uint32_t words[4] = {static_cast<uint32_t>(block), attempt, static_cast<uint32_t>(vote),
                            static_cast<uint32_t>(vote >> 32)};
-      philox4x32(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      philox4x32(words, seed);
       const uint64_t product = uint64_t{words[word]} * range;
       const uint32_t low = static_cast<uint32_t>(product);
       if (low >= range || low >= (0u - range) % range) return static_cast<uint32_t>(product >> 32);

@@ -26,7 +26,7 @@ void least_varying_codes(const double* codes, int64_t n, int64_t d, const Groups
                          const int64_t* active, int64_t active_codes, uint64_t seed, int64_t votes, int64_t samples,
                          int threads, int32_t* code /* [votes] */, int32_t* factor /* [votes] */);
 
-// Philox4x32-10 (Salmon et al., SC 2011), in place on its four counter words.
-void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1);
+// Philox4x32-10 (core/philox.h), in place on its four counter words.
+void philox4x32(uint32_t counter[4], uint64_t key);
 
 }  // namespace fastdis::host
