@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fastdis.spectral._arrays import from_tensor
 
-INDEPENDENT = 1e-12  # of the largest variance: below it a direction is rounding
+INDEPENDENT = 1e-6  # of the largest deviation: below it a direction is rounding
 Contrast = tuple[Callable[[np.ndarray], np.ndarray], float, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]]
 
 
@@ -42,13 +42,10 @@ CONTRASTS: dict[str, Contrast] = {
 class FastICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     r"""Directions in which data are as far from Gaussian as they can be, from many starts.
 
-    The parallel fixed-point iteration [1]_ on whitened data. It stops at spurious points without a sign of it: on the
-    coordinates of an 8-dimensional manifold in a third of all starts. So it is run from several at once, and the run
-    wins whose components are farthest from Gaussian,
+    The parallel fixed-point iteration [1]_ on whitened data. It may stop at spurious points without a sign of it. So it
+    is run from several at once, and the run wins whose components are farthest from Gaussian,
 
-    .. math:: J = \sum_i \big( \operatorname{mean} G(y_i) - \mathbb{E}\, G(\nu) \big)^2, \quad \nu \sim N(0, 1),
-
-    which told good from spurious runs apart without error wherever we looked.
+    .. math:: J = \sum_i \big( \operatorname{mean} G(y_i) - \mathbb{E}\, G(\nu) \big)^2, \quad \nu \sim N(0, 1).
 
     Parameters
     ----------
@@ -216,7 +213,7 @@ class FastICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         n = len(X)
         constant = np.flatnonzero((X[:1] == X).all(axis=0))
         _, lengths, directions = np.linalg.svd(X, full_matrices=False)
-        rank = int(np.count_nonzero(lengths**2 > INDEPENDENT * lengths[0] ** 2))
+        rank = int(np.count_nonzero(lengths > INDEPENDENT * lengths[0]))
         wanted = rank if self.n_components is None else self.n_components
         if not isinstance(wanted, int | np.integer) or wanted < 1 or wanted > rank:
             named = f" (column {constant[0]} never changes)" if len(constant) else ""

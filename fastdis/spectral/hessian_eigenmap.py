@@ -139,7 +139,7 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         check_is_fitted(self)
         X, restore = from_tensor(X)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False, order="C")
-        queries = np.ascontiguousarray(X, dtype=self._search.points.dtype)
+        queries = _rescaled(X.astype(self._search.points.dtype, copy=False), self._exponent)
         k, d = self.n_neighbors_, self.n_components
         neighbours, squares = self._search.nearest(k, queries)
         grams = local_grams(self._search.points, queries, neighbours)
@@ -181,6 +181,8 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         X, restore = from_tensor(X)
         X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", ensure_min_samples=2)
         n, d = len(X), self._dimensions(X.shape[1])
+        self._exponent = -int(np.frexp(np.abs(X).max())[1])
+        X = _rescaled(X, self._exponent)
         search = NeighbourSearch(X)
         neighbours = self._connected(search, self._neighbours(n, d))
         k = neighbours.shape[1]
@@ -256,6 +258,11 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         if n <= k:
             raise ValueError(f"X must have more rows than n_neighbors={k}, got n_samples = {n}")
         return int(k)
+
+
+def _rescaled(points: np.ndarray, exponent: int) -> np.ndarray:
+    """Return points times a power of two, where their squares could leave the range of their type; else as they are."""
+    return np.ldexp(points, exponent) if abs(exponent) > 40 else points
 
 
 def _refuse_equal(neighbours: np.ndarray, squares: np.ndarray) -> None:

@@ -113,8 +113,8 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         array or tensor, [n, d]
             ``embedding_``.
         """
-        eigenmap = HessianEigenmap(self.n_components, n_neighbors=self.n_neighbors, mode=self.mode)
-        coordinates = eigenmap.fit_transform(X)
+        X, restore = from_tensor(X)
+        eigenmap = HessianEigenmap(self.n_components, n_neighbors=self.n_neighbors, mode=self.mode).fit(X)
         ica = FastICA(contrast=self.contrast, restarts=self.restarts, random_state=self.random_state)
         factors = ica.fit(eigenmap.embedding_).transform(eigenmap.embedding_)
         self.eigenmap_, self.ica_, self.embedding_ = eigenmap, ica, factors
@@ -122,7 +122,7 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         if hasattr(eigenmap, "feature_names_in_"):
             self.feature_names_in_ = eigenmap.feature_names_in_
         self._n_features_out = factors.shape[1]
-        return from_tensor(X)[1](factors) if coordinates is not eigenmap.embedding_ else factors
+        return restore(factors)
 
     def transform(self, X: Any) -> Any:
         """Return factors of other points, [m, d], as what was given: an array or a tensor.

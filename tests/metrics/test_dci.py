@@ -76,7 +76,7 @@ def test_boosting_of_few_values(size, bins):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoder", ["linear_mix10", "collapsed10"])
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_bins_score_like_exact_splits(golden, encoder):
     inputs, _ = golden
     train, ys, test, test_ys = golden_split(inputs, encoder, 10_000)

@@ -45,10 +45,21 @@ def test_contrasts(contrast):
 
 
 def test_the_farthest_from_gaussian_wins():
-    sources, data = mixed(400, 8, seed=5)
-    many, one = FastICA(restarts=24).fit(data), FastICA(restarts=1, random_state=3).fit(data)
-    assert many.contrasts_.max() >= one.contrasts_[0] - 1e-9
-    assert mcc(many.transform(data), sources).score >= mcc(one.transform(data), sources).score - 0.02
+    """Here one start in several ends at a spurious point, although it converged."""
+    rng = np.random.default_rng(0)
+    sources = rng.uniform(-1, 1, (200, 6))
+    data = sources @ rng.standard_normal((6, 6))
+    ica = FastICA(restarts=24).fit(data)
+    assert ica.converged_.all()
+    assert ica.contrasts_.min() < 0.9 * ica.contrasts_.max()
+    assert ica.score(data) == pytest.approx(ica.contrasts_.max(), rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e200])
+def test_data_of_any_magnitude(scale):
+    _, data = mixed(300, 3)
+    usual = FastICA().fit(data).transform(data)
+    np.testing.assert_allclose(FastICA().fit(data * scale).transform(data * scale), usual, atol=1e-8)
 
 
 def test_seeds():

@@ -55,10 +55,14 @@ def test_leading_vectors(compiled, k, d):
     vectors, values, settled = compiled("leading_vectors", grams, d)
     expected, expected_values = _host.leading_vectors_numpy(grams, d)
     assert settled.mean() > 0.5
-    np.testing.assert_allclose(values[settled][:, :d], expected_values[settled][:, :d], rtol=1e-8, atol=1e-12)
     np.testing.assert_allclose(
-        (vectors @ vectors.transpose(0, 2, 1))[settled], (expected @ expected.transpose(0, 2, 1))[settled], atol=1e-6
+        values[settled][:, :d], expected_values[settled][:, :d], rtol=0, atol=1e-13 * expected_values.max()
     )
+    # What any stable solver may turn a subspace by is rounding over the gap.
+    apart = np.linalg.norm(vectors @ vectors.transpose(0, 2, 1) - expected @ expected.transpose(0, 2, 1), axis=(1, 2))
+    gap = expected_values[:, d - 1] - expected_values[:, d]
+    allowed = 1e-10 + 64 * np.finfo(float).eps * expected_values[:, 0] / gap
+    assert (apart <= allowed)[settled].all(), (apart / allowed)[settled].max()
 
 
 @needs_extension
@@ -97,7 +101,7 @@ def test_points_on_a_conic_have_no_hessian(function):
 def test_alignment(compiled, n, k, r, complement):
     _, neighbours = sample(n, 1, k)
     bases = np.linalg.qr(np.random.default_rng(3).standard_normal((n, k, r)))[0]
-    starts, columns, values = compiled_alignment(compiled, neighbours, bases, n, complement)
+    starts, columns, values = compiled("alignment", neighbours, bases, n, complement)
     matrix = np.zeros((n, n))
     for row, basis in zip(neighbours, bases, strict=True):
         matrix[np.ix_(row, row)] += np.eye(k) - basis @ basis.T if complement else basis @ basis.T
@@ -111,10 +115,6 @@ def test_alignment(compiled, n, k, r, complement):
     assert np.array_equal(twin[0], starts)
     assert np.array_equal(twin[1], columns)
     np.testing.assert_allclose(twin[2], values, atol=1e-12)
-
-
-def compiled_alignment(compiled, neighbours, bases, n, complement):
-    return compiled("alignment", neighbours, bases, n, complement)
 
 
 @needs_extension
