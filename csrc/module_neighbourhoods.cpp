@@ -7,6 +7,8 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
+
 #include "host/neighbourhoods.h"
 
 namespace py = pybind11;
@@ -16,6 +18,24 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 using Indices = Array<int64_t>;
+
+// (columns [m, count], largest [m])
+py::tuple smallest(const Array<float>& values, const Indices& rows, int64_t count, int threads) {
+  check_that(values.ndim() == 2 && rows.ndim() == 1, "values must be [*, n], and rows [m]");
+  const int64_t n = values.shape(1), m = rows.shape(0);
+  check_that(count >= 1 && count <= n, "count must be from 1 to n");
+  check_that(std::all_of(rows.data(), rows.data() + m, [&](int64_t row) { return 0 <= row && row < values.shape(0); }),
+             "rows must be those of values");
+  Indices columns({m, count});
+  Array<float> largest(m);
+  int64_t* to = columns.mutable_data();
+  float* largest_out = largest.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    fastdis::host::smallest(values.data(), n, rows.data(), m, count, to, largest_out, threads);
+  }
+  return py::make_tuple(columns, largest);
+}
 
 template <class T>
 Array<double> squared_distances(const Array<T>& points, const Array<T>& queries, const Indices& candidates,
@@ -99,6 +119,7 @@ py::tuple alignment(const Indices& neighbours, const Array<double>& bases, int64
 }  // namespace
 
 void bind_neighbourhoods(py::module_& m) {
+  m.def("smallest", &smallest, py::arg("values").noconvert(), py::arg("rows"), py::arg("count"), py::arg("threads"));
   m.def("squared_distances", &squared_distances<float>, py::arg("points").noconvert(), py::arg("queries").noconvert(),
         py::arg("candidates"), py::arg("threads"));
   m.def("squared_distances", &squared_distances<double>, py::arg("points").noconvert(), py::arg("queries").noconvert(),

@@ -113,4 +113,29 @@ FASTDIS_INLINE void multiply_pairs(const A* rows, int64_t row, int64_t count, in
   for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA { reinterpret_cast<Vector*>(sums)[i] = sum[i]; });
 }
 
+// sums[i] = the sum over the lanes of vector i of `vectors` [count, lanes].
+template <class Isa, class A, int count>
+FASTDIS_INLINE void sum_lanes(const A* vectors, A* sums) {
+  typedef A Vector __attribute__((vector_size(Isa::vector_bytes), aligned(alignof(A)), may_alias));
+  constexpr int lanes = Isa::vector_bytes / sizeof(A);
+  const auto add_neighbours = []<int... i>(std::integer_sequence<int, i...>, const Vector& one,
+                                           const Vector& other) FASTDIS_INLINE_LAMBDA {
+    return __builtin_shufflevector(one, other, 2 * i...) + __builtin_shufflevector(one, other, 2 * i + 1 ...);
+  };
+  for (int first = 0; first < count; first += lanes) {
+    Vector parts[lanes] = {};
+    for (int i = 0; i < lanes && first + i < count; ++i)
+      parts[i] = *reinterpret_cast<const Vector*>(vectors + (first + i) * lanes);
+    // Neighbouring lanes are added, of two vectors at a time, until each vector has one lane.
+#pragma GCC unroll 4
+    for (int left = lanes; left > 1; left /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < left / 2; ++i) {
+        parts[i] = add_neighbours(std::make_integer_sequence<int, lanes>{}, parts[2 * i], parts[2 * i + 1]);
+      }
+    }
+    for (int i = 0; i < lanes && first + i < count; ++i) sums[first + i] = parts[0][i];
+  }
+}
+
 }  // namespace fastdis

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
+#include <utility>
 
 #include "../core/gemm.h"
 #include "../core/isa.h"
@@ -13,13 +15,46 @@ namespace fastdis::host {
 
 namespace {
 
-constexpr int64_t chunk = 1024;  // dimensions whose sums stay in the points' own precision
+constexpr int64_t chunk = 2048;  // dimensions whose sums stay in the points' own precision
 
 void check_below(const int64_t* indices, int64_t count, int64_t n) {
   for (int64_t i = 0; i < count; ++i) {
     if (indices[i] < 0 || indices[i] >= n) throw std::out_of_range("an index is below 0 or not below n");
   }
 }
+
+// The `count` smallest of a row, by one pass that keeps whatever is below the count-th smallest of what it has kept.
+struct Smallest {
+  using Entry = std::pair<float, int64_t>;
+
+  template <class Isa>
+  static FASTDIS_INLINE void run(const float* row, int64_t n, int64_t count, std::vector<Entry>* into) {
+    std::vector<Entry>& kept = *into;
+    constexpr int64_t block = 64;
+    const std::size_t most = static_cast<std::size_t>(4 * count + 64);
+    float limit = std::numeric_limits<float>::infinity();
+    const auto drop = [&] {
+      std::nth_element(kept.begin(), kept.begin() + (count - 1), kept.end());
+      kept.resize(static_cast<std::size_t>(count));
+      limit = kept[static_cast<std::size_t>(count - 1)].first;
+    };
+    kept.clear();
+    for (int64_t first = 0; first < n; first += block) {
+      const int64_t last = std::min(n, first + block);
+      int below = 0;
+#pragma omp simd reduction(+ : below)
+      for (int64_t i = first; i < last; ++i) below += row[i] < limit ? 1 : 0;
+      if (below == 0 && static_cast<int64_t>(kept.size()) >= count) continue;
+      const bool open = limit == std::numeric_limits<float>::infinity();
+      for (int64_t i = first; i < last; ++i) {
+        if (open || row[i] < limit) kept.emplace_back(row[i], i);
+      }
+      if (kept.size() >= most) drop();
+    }
+    drop();
+    std::sort(kept.begin(), kept.end());
+  }
+};
 
 // Adds to out [count] what dimensions `first` to `last`, at most `chunk`, give.
 template <class T>
@@ -46,7 +81,7 @@ struct LocalGram {
                                  int64_t first, int64_t length, T* differences, double* gram) {
     constexpr int tile = pair_tile<Isa>;
     constexpr int lanes = Isa::vector_bytes / sizeof(T);
-    alignas(64) T sums[tile * tile * lanes];
+    alignas(64) T sums[tile * tile * lanes], totals[tile * tile];
     const int64_t whole = padded(length, column_pad<T>);
     for (int64_t a = 0; a < k; ++a) {
       const T* from = points + neighbours[a] * D + first;
@@ -59,14 +94,10 @@ struct LocalGram {
       for (int64_t b = a; b < k; b += tile) {
         std::fill_n(sums, tile * tile * lanes, T(0));
         multiply_pairs<Isa, T, tile>(differences, chunk, whole, a, b, k, sums);
+        sum_lanes<Isa, T, tile * tile>(sums, totals);
         for (int64_t i = 0; i < std::min<int64_t>(tile, k - a); ++i) {
-          for (int64_t j = 0; j < std::min<int64_t>(tile, k - b); ++j) {
-            const T* pair = sums + (i * tile + j) * lanes;
-            double sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int lane = 0; lane < lanes; ++lane) sum += static_cast<double>(pair[lane]);
-            gram[(a + i) * k + b + j] += sum;
-          }
+          for (int64_t j = 0; j < std::min<int64_t>(tile, k - b); ++j)
+            gram[(a + i) * k + b + j] += static_cast<double>(totals[i * tile + j]);
         }
       }
     }
@@ -93,11 +124,12 @@ void centre_gram(double* gram, int64_t k, double* means) {
 
 // Makes rows [count, length] orthonormal, twice, so that what rounding leaves the first time is gone; returns the
 // smallest share of a row's length that was left.
-double orthonormalize(double* rows, int64_t count, int64_t length) {
+FASTDIS_INLINE double orthonormalize(double* rows, int64_t count, int64_t length) {
   double least = 1;
   for (int64_t i = 0; i < count; ++i) {
     double* row = rows + i * length;
     double before = 0, after = 0;
+#pragma omp simd reduction(+ : before)
     for (int64_t j = 0; j < length; ++j) before += row[j] * row[j];
     for (int pass = 0; pass < 2; ++pass) {
       for (int64_t other = 0; other < i; ++other) {
@@ -109,6 +141,7 @@ double orthonormalize(double* rows, int64_t count, int64_t length) {
         for (int64_t j = 0; j < length; ++j) row[j] -= product * unit[j];
       }
     }
+#pragma omp simd reduction(+ : after)
     for (int64_t j = 0; j < length; ++j) after += row[j] * row[j];
     least = std::min(least, before > 0 ? std::sqrt(after / before) : 0.0);
     const double scale = after > 0 ? 1 / std::sqrt(after) : 0.0;
@@ -118,7 +151,7 @@ double orthonormalize(double* rows, int64_t count, int64_t length) {
 }
 
 // Eigenvalues and vectors (as columns) of a symmetric matrix [r, r], by rotations (Jacobi); largest first.
-void jacobi(double* matrix, int64_t r, double* vectors, std::vector<int64_t>& order) {
+FASTDIS_INLINE void jacobi(double* matrix, int64_t r, double* vectors, std::vector<int64_t>& order) {
   for (int64_t i = 0; i < r * r; ++i) vectors[i] = i % (r + 1) == 0 ? 1.0 : 0.0;
   for (int sweep = 0; sweep < 30; ++sweep) {
     double off = 0, on = 0;
@@ -158,31 +191,45 @@ void jacobi(double* matrix, int64_t r, double* vectors, std::vector<int64_t>& or
 }
 
 // Subspace iteration with Rayleigh-Ritz steps on one matrix, on more vectors than are wanted: what is wanted converges
-// like the first eigenvalue left out relative to the last wanted. Rows of `v` and `w` [r, k] are the vectors.
+// like the first eigenvalue left out relative to the last wanted. Rows of `v` and `w` [r, k], padded, are the vectors.
 class Leading {
  public:
   Leading(int64_t k, int64_t d)
-      : k_(k), d_(d), r_(std::min(k, d + 4)), v_(r_ * k), w_(r_ * k), small_(r_ * r_), turn_(r_ * r_), order_(r_) {}
+      : k_(k),
+        d_(d),
+        r_(std::min(k, d + 4)),
+        row_(padded(k, column_pad<double>)),
+        gram_(k * row_),
+        v_(padded(r_, row_pad) * row_),
+        w_(v_.size()),
+        turned_(v_.size()),
+        small_(r_ * r_),
+        turn_(r_ * r_),
+        order_(r_) {}
 
-  bool find(const double* gram, double* vectors, double* values) {
+  template <class Isa>
+  FASTDIS_INLINE bool find(const double* gram, double* vectors, double* values) {
+    for (int64_t a = 0; a < k_; ++a) std::copy_n(gram + a * k_, k_, gram_.data() + a * row_);
     // Any start that is no eigenvector's complement does: fixed, so that results are.
     uint64_t state = 0x9E3779B97F4A7C15u;
-    for (double& x : v_) {
-      state = state * 6364136223846793005u + 1442695040888963407u;
-      x = static_cast<double>(state >> 11) * 0x1p-53 - 0.5;
+    std::fill(v_.begin(), v_.end(), 0.0);
+    for (int64_t i = 0; i < r_; ++i) {
+      for (int64_t a = 0; a < k_; ++a) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        v_[i * row_ + a] = static_cast<double>(state >> 11) * 0x1p-53 - 0.5;
+      }
     }
-    orthonormalize(v_.data(), r_, k_);
     bool settled = false;
     for (int round = 0; round < 40 && !settled; ++round) {
-      for (int step = 0; step < 2; ++step) {
-        multiply_rows(gram);
+      for (int step = 0; step < 3; ++step) {
+        multiply_rows<Isa>();
         std::swap(v_, w_);
-        orthonormalize(v_.data(), r_, k_);
+        orthonormalize(v_.data(), r_, row_);
       }
-      settled = rayleigh_ritz(gram);
+      settled = rayleigh_ritz<Isa>();
     }
     for (int64_t a = 0; a < k_; ++a) {
-      for (int64_t j = 0; j < d_; ++j) vectors[a * d_ + j] = v_[j * k_ + a];
+      for (int64_t j = 0; j < d_; ++j) vectors[a * d_ + j] = v_[j * row_ + a];
     }
     for (int64_t j = 0; j <= d_; ++j) values[j] = j < r_ ? value(j) : 0.0;
     return settled;
@@ -192,26 +239,21 @@ class Leading {
   double value(int64_t j) const { return small_[order_[j] * r_ + order_[j]]; }
 
   // w = gram v, for every vector.
-  void multiply_rows(const double* gram) {
-    for (int64_t i = 0; i < r_; ++i) {
-      double* to = w_.data() + i * k_;
-      std::fill_n(to, k_, 0.0);
-      for (int64_t a = 0; a < k_; ++a) {
-        const double factor = v_[i * k_ + a];
-        const double* row = gram + a * k_;
-#pragma omp simd
-        for (int64_t b = 0; b < k_; ++b) to[b] += factor * row[b];
-      }
-    }
+  template <class Isa>
+  FASTDIS_INLINE void multiply_rows() {
+    multiply<Isa>(padded(r_, row_pad), row_, k_, v_.data(), row_, 1, gram_.data(), row_, w_.data(), row_, false);
   }
 
   // Turns v into Ritz vectors; returns whether the wanted ones solve the eigenproblem to rounding.
-  bool rayleigh_ritz(const double* gram) {
-    multiply_rows(gram);
+  template <class Isa>
+  FASTDIS_INLINE bool rayleigh_ritz() {
+    multiply_rows<Isa>();
     for (int64_t i = 0; i < r_; ++i) {
       for (int64_t j = 0; j < r_; ++j) {
+        const double *left = v_.data() + i * row_, *right = w_.data() + j * row_;
         double product = 0;
-        for (int64_t a = 0; a < k_; ++a) product += v_[i * k_ + a] * w_[j * k_ + a];
+#pragma omp simd reduction(+ : product)
+        for (int64_t a = 0; a < row_; ++a) product += left[a] * right[a];
         small_[i * r_ + j] = product;
       }
     }
@@ -220,38 +262,90 @@ class Leading {
         small_[i * r_ + j] = small_[j * r_ + i] = 0.5 * (small_[i * r_ + j] + small_[j * r_ + i]);
     }
     jacobi(small_.data(), r_, turn_.data(), order_);
-    std::vector<double> turned(r_ * k_), images(r_ * k_);
-    for (int64_t i = 0; i < r_; ++i) {
-      for (int64_t j = 0; j < r_; ++j) {
-        const double factor = turn_[j * r_ + order_[i]];
-#pragma omp simd
-        for (int64_t a = 0; a < k_; ++a) {
-          turned[i * k_ + a] += factor * v_[j * k_ + a];
-          images[i * k_ + a] += factor * w_[j * k_ + a];
-        }
-      }
-    }
-    v_.swap(turned);
+    turn(v_);
+    turn(w_);
     // A residual turns the wanted subspace by its length over the gap, so it is the gap that it is measured with.
     const double gap = value(d_ - 1) - (d_ < r_ ? value(d_) : 0.0);
     double worst = 0;
     for (int64_t j = 0; j < d_; ++j) {
+      const double *vector = v_.data() + j * row_, *image = w_.data() + j * row_, scale = value(j);
       double square = 0;
-      for (int64_t a = 0; a < k_; ++a) {
-        const double rest = images[j * k_ + a] - value(j) * v_[j * k_ + a];
-        square += rest * rest;
-      }
+#pragma omp simd reduction(+ : square)
+      for (int64_t a = 0; a < row_; ++a) square += (image[a] - scale * vector[a]) * (image[a] - scale * vector[a]);
       worst = std::max(worst, square);
     }
     return std::sqrt(worst) <= std::max(1e-11 * gap, 4e-15 * value(0)) && gap > 0;
   }
 
-  int64_t k_, d_, r_;
-  std::vector<double> v_, w_, small_, turn_;
+  // Rows become those combinations of them that the last turn says, in its order.
+  FASTDIS_INLINE void turn(Buffer<double>& rows) {
+    std::fill(turned_.begin(), turned_.end(), 0.0);
+    for (int64_t i = 0; i < r_; ++i) {
+      double* to = turned_.data() + i * row_;
+      for (int64_t j = 0; j < r_; ++j) {
+        const double factor = turn_[j * r_ + order_[i]], *from = rows.data() + j * row_;
+#pragma omp simd
+        for (int64_t a = 0; a < row_; ++a) to[a] += factor * from[a];
+      }
+    }
+    rows.swap(turned_);
+  }
+
+  int64_t k_, d_, r_, row_;
+  Buffer<double> gram_, v_, w_, turned_;
+  std::vector<double> small_, turn_;
   std::vector<int64_t> order_;
 };
 
+// Vectors of the matrices from `begin` to `end`.
+struct LeadingVectors {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const double* grams, int64_t begin, int64_t end, int64_t k, int64_t d, double* vectors,
+                                 double* values, bool* settled) {
+    Leading leading(k, d);
+    for (int64_t q = begin; q < end; ++q)
+      settled[q] = leading.find<Isa>(grams + q * k * k, vectors + q * k * d, values + q * (d + 1));
+  }
+};
+
+// Bases of the neighbourhoods from `begin` to `end`.
+struct HessianBases {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const double* vectors, int64_t begin, int64_t end, int64_t k, int64_t d, double* bases,
+                                 bool* full) {
+    const int64_t p = d * (d + 1) / 2, columns = 1 + d + p;
+    std::vector<double> rows(columns * k);
+    for (int64_t q = begin; q < end; ++q) {
+      const double* frame = vectors + q * k * d;
+      for (int64_t a = 0; a < k; ++a) {
+        rows[a] = 1.0;
+        for (int64_t j = 0; j < d; ++j) rows[(1 + j) * k + a] = frame[a * d + j];
+        int64_t column = 1 + d;
+        for (int64_t i = 0; i < d; ++i) {
+          for (int64_t j = i; j < d; ++j) rows[column++ * k + a] = frame[a * d + i] * frame[a * d + j];
+        }
+      }
+      full[q] = orthonormalize(rows.data(), columns, k) > 1e-8;
+      for (int64_t a = 0; a < k; ++a) {
+        for (int64_t c = 0; c < p; ++c) bases[(q * k + a) * p + c] = rows[(1 + d + c) * k + a];
+      }
+    }
+  }
+};
+
 }  // namespace
+
+void smallest(const float* values, int64_t n, const int64_t* rows, int64_t m, int64_t count, int64_t* columns,
+              float* largest, int threads) {
+  parallel_ranges(m, 8, threads, [&](int64_t begin, int64_t end) {
+    std::vector<Smallest::Entry> kept;
+    for (int64_t q = begin; q < end; ++q) {
+      multiversion<Smallest>(values + rows[q] * n, n, count, &kept);
+      for (int64_t c = 0; c < count; ++c) columns[q * count + c] = kept[static_cast<std::size_t>(c)].second;
+      largest[q] = kept.back().first;
+    }
+  });
+}
 
 template <class T>
 void squared_distances(const T* points, int64_t n, int64_t D, const T* queries, int64_t m, const int64_t* candidates,
@@ -302,31 +396,13 @@ template void local_grams(const double*, int64_t, int64_t, const double*, int64_
 void leading_vectors(const double* grams, int64_t m, int64_t k, int64_t d, double* vectors, double* values,
                      bool* settled, int threads) {
   parallel_ranges(m, 16, threads, [&](int64_t begin, int64_t end) {
-    Leading leading(k, d);
-    for (int64_t q = begin; q < end; ++q)
-      settled[q] = leading.find(grams + q * k * k, vectors + q * k * d, values + q * (d + 1));
+    multiversion<LeadingVectors>(grams, begin, end, k, d, vectors, values, settled);
   });
 }
 
 void hessian_bases(const double* vectors, int64_t m, int64_t k, int64_t d, double* bases, bool* full, int threads) {
-  const int64_t p = d * (d + 1) / 2, columns = 1 + d + p;
   parallel_ranges(m, 16, threads, [&](int64_t begin, int64_t end) {
-    std::vector<double> rows(columns * k);
-    for (int64_t q = begin; q < end; ++q) {
-      const double* frame = vectors + q * k * d;
-      for (int64_t a = 0; a < k; ++a) {
-        rows[a] = 1.0;
-        for (int64_t j = 0; j < d; ++j) rows[(1 + j) * k + a] = frame[a * d + j];
-        int64_t column = 1 + d;
-        for (int64_t i = 0; i < d; ++i) {
-          for (int64_t j = i; j < d; ++j) rows[column++ * k + a] = frame[a * d + i] * frame[a * d + j];
-        }
-      }
-      full[q] = orthonormalize(rows.data(), columns, k) > 1e-8;
-      for (int64_t a = 0; a < k; ++a) {
-        for (int64_t c = 0; c < p; ++c) bases[(q * k + a) * p + c] = rows[(1 + d + c) * k + a];
-      }
-    }
+    multiversion<HessianBases>(vectors, begin, end, k, d, bases, full);
   });
 }
 

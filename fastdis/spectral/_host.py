@@ -13,6 +13,22 @@ from fastdis.ops._backends import extension
 SparseRows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
+def smallest(values: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the smallest of some rows of values, float32 [*, n], are, int64 [m, count], and the largest of them.
+
+    Smallest first, of equal ones the first first. No value is NaN.
+    """
+    if extension is None:
+        return smallest_numpy(values, rows, count)
+    return extension.smallest(values, rows, count, torch.get_num_threads())
+
+
+def smallest_numpy(values: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what :func:`smallest` returns."""
+    columns = np.argsort(values[rows], axis=1, kind="stable")[:, :count]
+    return columns, values[rows, columns[:, -1]]
+
+
 def squared_distances(points: np.ndarray, queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """Return abs(queries[q] - points[candidates[q, c]])**2, float64 [m, count], by differences."""
     if extension is None:

@@ -1,14 +1,14 @@
-"""Nearest neighbours, exactly, without all distances in all dimensions."""
+"""Nearest neighbours without all distances in all dimensions: exactly, or of points too many for that."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from fastdis.spectral._host import squared_distances
+from fastdis.spectral._host import smallest, squared_distances
 
 PROJECTED = 128  # directions that candidates are found in
-BLOCK_BYTES = 2**27  # of distances at a time
+BLOCK_BYTES = 2**26  # of distances at a time
 
 
 class NeighbourSearch:
@@ -54,29 +54,30 @@ class NeighbourSearch:
         found, apart = np.empty((m, k), np.int64), np.empty((m, k))
         low = self.low if themselves else self._project(queries)
         at_once = max(1, BLOCK_BYTES // (4 * n))
+        buffer = torch.empty(min(m, at_once), n)  # fresh memory for every block would cost more than filling it
         for start in range(0, m, at_once):
             block = low[start : start + at_once]
             squares = block.square().sum(dim=1)
-            bounds = torch.addmm(squares[:, None] + self.squares, block, self.low.T, alpha=-2)
-            rows = torch.arange(len(block))
+            filled = torch.mm(-2 * block, self.low.T, out=buffer[: len(block)])
+            bounds = filled.add_(self.squares).add_(squares[:, None]).numpy()
+            rows = np.arange(len(block))
             if themselves:
-                bounds[rows, start + rows] = torch.inf
+                bounds[rows, start + rows] = np.inf
             # What rounding may have added to a bound.
-            slack = 4e-6 * (squares + self.squares.max())
+            slack = 4e-6 * (squares + self.squares.max()).numpy()
             others = n - themselves
-            count = min(others, k + max(16, k // 2))
+            count = min(others, k + 8 + k // 8)
             pending = rows
             while len(pending):
-                bound, candidates = torch.topk(bounds[pending], count, largest=False)
-                at = (start + pending).numpy()
-                chosen = np.sort(candidates.numpy(), axis=1)
+                candidates, bound = smallest(bounds, pending, count)
+                at = start + pending
+                chosen = np.sort(candidates, axis=1)
                 distances = squared_distances(self.points, np.ascontiguousarray(queries[at]), chosen)
                 order = np.argsort(distances, axis=1, kind="stable")[:, :k]
                 found[at], apart[at] = (np.take_along_axis(x, order, axis=1) for x in (chosen, distances))
                 if count == others:
                     break
-                safe = (bound[:, -1] - slack[pending]).numpy() >= apart[at, -1]
-                pending = pending[torch.from_numpy(~safe)]
+                pending = pending[bound - slack[pending] < apart[at, -1]]
                 count = min(others, 2 * count)
         return found, apart
 
@@ -85,3 +86,52 @@ class NeighbourSearch:
             return torch.from_numpy(points - self.mean).to(torch.float32)
         mean = torch.from_numpy(self.mean).to(torch.float32)
         return torch.from_numpy(points).to(torch.float32) @ self.directions - mean @ self.directions
+
+
+class ApproximateSearch(NeighbourSearch):
+    """Finds almost all of the nearest of points [n, D], in time that hardly grows faster than n.
+
+    Candidates come from a graph of neighbours at several scales [1]_, built by faiss on the few directions; their
+    distances are exact. Arguments and results are those of :class:`NeighbourSearch`.
+
+    References
+    ----------
+    .. [1] Y. Malkov, D. Yashunin. Efficient and Robust Approximate Nearest Neighbor Search Using Hierarchical Navigable
+       Small World Graphs. IEEE TPAMI 2020.
+    """
+
+    def __init__(self, points: np.ndarray) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise ImportError(
+                "approximate neighbours need faiss: pip install 'fastdis[neighbors]', or neighbors_algorithm='exact'"
+            ) from error
+        super().__init__(points)
+        self._index = faiss.IndexHNSWFlat(self.low.shape[1], 32)
+        self._index.hnsw.efConstruction = 80
+        self._index.add(self.low.numpy())
+
+    def nearest(self, k: int, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the k nearest points of each query probably are, and their squared distances."""
+        themselves = queries is None
+        queries = self.points if queries is None else queries
+        low = self.low if themselves else self._project(queries)
+        count = min(len(self.points), k + 8 + k // 8)
+        self._index.hnsw.efSearch = 2 * count
+        found = self._index.search(low.numpy(), count)[1]
+        if themselves:
+            found[found == np.arange(len(found))[:, None]] = -1
+        # One that was not found stands at an infinite distance.
+        chosen = np.sort(found, axis=1)
+        distances = squared_distances(self.points, np.ascontiguousarray(queries), np.maximum(chosen, 0))
+        distances[chosen < 0] = np.inf
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        apart = np.take_along_axis(distances, order, axis=1)
+        lost = np.flatnonzero(np.isinf(apart[:, -1]))
+        if len(lost):
+            raise ValueError(
+                f"X: fewer than n_neighbors={k} neighbours of row {lost[0]} were found, and so it is with "
+                f"{len(lost) - 1} other rows; neighbors_algorithm='exact' finds all"
+            )
+        return np.take_along_axis(chosen, order, axis=1), apart

@@ -11,7 +11,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 DENSE_POINTS = 4000  # up to which a dense factor costs less than a sparse one
 SHIFTS = (1e-14, 1e-12, 1e-10)  # of the diagonal's mean: makes a singular matrix definite; the least that does it
-TOLERANCE = 1e-9
+TOLERANCE = 1e-9  # of the subspace wanted, an angle
+GAP_TOLERANCE = 0.01  # of the next eigenvalue, which only shows how wide the gap is
 MOST_ROUNDS = 200
 
 
@@ -31,7 +32,7 @@ def null_space(matrix: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
         Orthonormal, and orthogonal to constants; smallest eigenvalue first, of either sign: the entry of each that is
         largest in size is positive.
     values : ndarray of float64, [d + 1]
-        In rising order.
+        In rising order; the last, which is not wanted, to about 1 %.
 
     Warns
     -----
@@ -58,7 +59,7 @@ def null_space(matrix: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
         # The sine of the largest angle between the last subspace and this.
         change = np.linalg.norm(wanted - vectors[:, :d] @ (vectors[:, :d].T @ wanted), 2)
         wanted = vectors[:, :d]
-        if change < TOLERANCE and abs(values[gap] - before) <= 1e-7 * values[gap]:
+        if change < TOLERANCE and abs(values[gap] - before) <= GAP_TOLERANCE * values[gap]:
             break
     else:
         warnings.warn(

@@ -29,6 +29,8 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         As for :class:`HessianEigenmap`.
     mode : {"hlle", "ltsa"}, optional
         As for :class:`HessianEigenmap`.
+    neighbors_algorithm : {"exact", "approximate"}, optional
+        As for :class:`HessianEigenmap`.
     contrast : {"logcosh", "exp", "cube"}, optional
         As for :class:`FastICA`.
     restarts : int, optional
@@ -64,6 +66,7 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         *,
         n_neighbors: int | None = None,
         mode: Literal["hlle", "ltsa"] = "hlle",
+        neighbors_algorithm: Literal["exact", "approximate"] = "exact",
         contrast: Literal["logcosh", "exp", "cube"] = "logcosh",
         restarts: int = 16,
         random_state: Any = 0,
@@ -71,6 +74,7 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.n_components = n_components
         self.n_neighbors = n_neighbors
         self.mode = mode
+        self.neighbors_algorithm = neighbors_algorithm
         self.contrast = contrast
         self.restarts = restarts
         self.random_state = random_state
@@ -114,7 +118,12 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             ``embedding_``.
         """
         X, restore = from_tensor(X)
-        eigenmap = HessianEigenmap(self.n_components, n_neighbors=self.n_neighbors, mode=self.mode).fit(X)
+        eigenmap = HessianEigenmap(
+            self.n_components,
+            n_neighbors=self.n_neighbors,
+            mode=self.mode,
+            neighbors_algorithm=self.neighbors_algorithm,
+        ).fit(X)
         ica = FastICA(contrast=self.contrast, restarts=self.restarts, random_state=self.random_state)
         factors = ica.fit(eigenmap.embedding_).transform(eigenmap.embedding_)
         self.eigenmap_, self.ica_, self.embedding_ = eigenmap, ica, factors

@@ -22,6 +22,24 @@ def sample(n, D, k, dtype=np.float64, seed=0):
 
 
 @needs_extension
+@pytest.mark.parametrize("kind", ["random", "rising", "falling", "equal", "infinite"])
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (5, 5), (63, 2), (64, 64), (1000, 1), (1000, 40), (1000, 999)])
+def test_smallest(compiled, n, count, kind):
+    values = np.random.default_rng(n).standard_normal((7, n)).astype(np.float32).round(2)  # with equal ones
+    if kind in ("rising", "falling"):
+        values = np.sort(values, axis=1)[:, :: 1 if kind == "rising" else -1].copy()
+    elif kind == "equal":
+        values[:] = 3
+    elif kind == "infinite":
+        values[:, ::2] = np.inf
+    rows = np.array([6, 0, 0, 3])
+    for found, expected in zip(
+        compiled("smallest", values, rows, count), _host.smallest_numpy(values, rows, count), strict=True
+    ):
+        assert np.array_equal(found, expected)
+
+
+@needs_extension
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("D", [1, 7, 16, 513, 1500])
 def test_squared_distances(compiled, D, dtype):

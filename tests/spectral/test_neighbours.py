@@ -1,10 +1,13 @@
+import pickle
+import sys
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
 from fastdis.spectral import _neighbours
-from fastdis.spectral._neighbours import NeighbourSearch
+from fastdis.spectral._neighbours import ApproximateSearch, NeighbourSearch
 
 
 def points_of(kind, n, D, dtype):
@@ -50,3 +53,31 @@ def test_of_equally_near_points_the_first_come_first():
     points = np.array([[0.0, 0], [1, 0], [0, 1], [-1, 0], [0, -1], [3, 3]])
     found, _ = NeighbourSearch(points).nearest(3)
     assert found[0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("D", [5, 400])
+def test_approximate_neighbours_are_almost_all_exact(D):
+    points = points_of("curve", 3000, D, np.float32)
+    exact, _ = NeighbourSearch(points).nearest(12)
+    found, squares = ApproximateSearch(points).nearest(12)
+    assert (found != np.arange(3000)[:, None]).all()
+    assert (found == exact).mean() > 0.99
+    assert (np.diff(squares, axis=1) >= 0).all()
+    np.testing.assert_allclose(squares, np.square(points[found].astype(float) - points[:, None]).sum(axis=2), rtol=2e-6)
+    search = pickle.loads(pickle.dumps(ApproximateSearch(points)))
+    assert search.nearest(1, points[:50])[0][:, 0].tolist() == list(range(50))
+
+
+def test_what_an_approximate_search_does_not_find_is_said():
+    points = points_of("noise", 5, 3, np.float64)
+    assert ApproximateSearch(points).nearest(4)[0].shape == (5, 4)
+    search = ApproximateSearch(points)
+    search._index.reset()
+    with pytest.raises(ValueError, match=r"fewer than n_neighbors=4 neighbours of row 0 .* 4 other rows; .*'exact'"):
+        search.nearest(4)
+
+
+def test_approximate_neighbours_without_faiss(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"fastdis\[neighbors\]"):
+        ApproximateSearch(points_of("noise", 5, 3, np.float64))
