@@ -11,6 +11,7 @@ from fastdis.cli.data import data
 from fastdis.cli.demo import demo
 from fastdis.cli.doctor import doctor
 from fastdis.cli.evaluate import evaluate
+from fastdis.cli.reproduce import reproduce
 from fastdis.cli.train import train
 from fastdis.training import TrainingDivergedError
 
@@ -24,7 +25,7 @@ def app() -> None:
     """Train, evaluate and inspect disentangling models."""
 
 
-for command in (doctor, data, train, evaluate, demo):
+for command in (doctor, data, train, evaluate, demo, reproduce):
     app.add_command(command)
 
 

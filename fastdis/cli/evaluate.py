@@ -13,7 +13,7 @@ from fastdis.data import FactorDataset
 from fastdis.data.atomic import atomic_path
 from fastdis.data.formats import load_grid
 from fastdis.metrics import evaluate_model
-from fastdis.models import VAE
+from fastdis.models import LatentModel
 from fastdis.training import load_checkpoint
 
 
@@ -44,7 +44,7 @@ def evaluate(run_dir: Path, data: Path, metrics: str | None, seed: int, batch_si
 
 
 def measure(
-    model: VAE,
+    model: LatentModel,
     dataset: FactorDataset,
     *,
     metrics: Iterable[str] | None = None,

@@ -88,6 +88,45 @@ def draw_losses(path: str | os.PathLike[str], history: Mapping[str, Sequence[flo
     _write(figure, path)
 
 
+def draw_recovery(
+    path: str | os.PathLike[str],
+    codes: Mapping[str, Mapping[str, np.ndarray]],
+    latents: Mapping[str, np.ndarray],
+) -> None:
+    """Write true against recovered latents as one picture: a row for each manifold, a column for each method.
+
+    Parameters
+    ----------
+    path : path-like
+        Where.
+    codes : mapping of str to mapping of str to ndarray, [n, d]
+        By manifold, then by method; each column standardised and matched with the latent of the same number.
+    latents : mapping of str to ndarray, [n, d]
+        By manifold.
+
+    Raises
+    ------
+    OSError
+        The picture cannot be written.
+    """
+    methods = list(next(iter(codes.values())))
+    figure = Figure(figsize=(2.2 + 1.5 * len(methods), 0.9 + 1.5 * len(codes)), layout="constrained")
+    axes = figure.subplots(len(codes), len(methods), squeeze=False)
+    for row, (name, found) in zip(axes, codes.items(), strict=True):
+        truth = latents[name]
+        truth = (truth - truth.mean(axis=0)) / truth.std(axis=0)
+        for cell, method in zip(row, methods, strict=True):
+            for k in range(truth.shape[1]):
+                cell.scatter(truth[:, k], found[method][:, k], s=1, linewidths=0, color=f"C{k}")
+            cell.set(xticks=[], yticks=[], xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
+        row[0].set_ylabel(name.replace(", ", "\n"), rotation=0, ha="right", va="center", fontsize=8)
+    for cell, method in zip(axes[0], methods, strict=True):
+        cell.set_title(method, fontsize=8)
+    figure.supxlabel("true latent; a colour for each", fontsize=8)
+    figure.supylabel("recovered", fontsize=8)
+    _write(figure, path)
+
+
 def _write(figure: Figure, path: str | os.PathLike[str]) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -17,6 +17,7 @@ from fastdis.data.manifolds import (
     turning_shapes,
 )
 from fastdis.data.mpi3d import load_mpi3d
+from fastdis.data.point_dataset import PointDataset
 from fastdis.data.read_shapes3d import load_shapes3d
 from fastdis.data.shapes3d import make_shapes3d
 from fastdis.data.small_norb import load_small_norb
@@ -25,6 +26,7 @@ __all__ = [
     "CelebA",
     "FactorDataset",
     "Manifold",
+    "PointDataset",
     "dsprites_variant",
     "flat_torus",
     "fourier_isometry",

@@ -11,10 +11,12 @@ from fastdis.metrics.flatness import FlatnessResult, flatness
 from fastdis.metrics.infomec import InfoMECResult, infomec
 from fastdis.metrics.irs import IRSResult, irs
 from fastdis.metrics.jemmig import JEMMIGResult, jemmig
+from fastdis.metrics.local_isometry import LocalIsometryResult, local_isometry
 from fastdis.metrics.mcc import MCCResult, mcc
 from fastdis.metrics.mig import MIGResult, mig
 from fastdis.metrics.mig_sup import MIGSupResult, mig_sup
 from fastdis.metrics.modularity import ModularityResult, modularity
+from fastdis.metrics.r2 import R2Result, r2
 from fastdis.metrics.rmig import RMIGResult, rmig
 from fastdis.metrics.sap import SAPResult, sap
 from fastdis.metrics.unsupervised import (
@@ -39,10 +41,12 @@ __all__ = [
     "IRSResult",
     "InfoMECResult",
     "JEMMIGResult",
+    "LocalIsometryResult",
     "MCCResult",
     "MIGResult",
     "MIGSupResult",
     "ModularityResult",
+    "R2Result",
     "RMIGResult",
     "SAPResult",
     "WassersteinCorrelationResult",
@@ -62,10 +66,12 @@ __all__ = [
     "infomec",
     "irs",
     "jemmig",
+    "local_isometry",
     "mcc",
     "mig",
     "mig_sup",
     "modularity",
+    "r2",
     "rmig",
     "sap",
     "wasserstein_correlation",

@@ -32,6 +32,7 @@ from fastdis.metrics.mcc import mcc
 from fastdis.metrics.mig import mig
 from fastdis.metrics.mig_sup import mig_sup
 from fastdis.metrics.modularity import modularity
+from fastdis.metrics.r2 import r2
 from fastdis.metrics.result import Result, _finite, _plain
 from fastdis.metrics.rmig import rmig
 from fastdis.metrics.sap import sap
@@ -52,6 +53,7 @@ SAMPLE = (
     irs,
     infomec,
     mcc,
+    r2,
     gaussian_total_correlation,
     wasserstein_correlation,
     code_mutual_information,

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastdis.models.autoencoder import Autoencoder, GaussianVAE
+from fastdis.models.latent_model import LatentModel
 from fastdis.models.protovae import ProtoVAE
 from fastdis.models.vae import VAE
 
-MODELS: dict[str, type[VAE]] = {"VAE": VAE, "ProtoVAE": ProtoVAE}
+MODELS: dict[str, type[LatentModel]] = {
+    "VAE": VAE,
+    "ProtoVAE": ProtoVAE,
+    "Autoencoder": Autoencoder,
+    "GaussianVAE": GaussianVAE,
+}
 
 
-def build_model(name: str, config: Mapping[str, Any]) -> VAE:
+def build_model(name: str, config: Mapping[str, Any]) -> LatentModel:
     """Make a model, with fresh weights, from its name and what its ``config()`` returned.
 
     Raises

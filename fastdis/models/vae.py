@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdis.models.latent_model import LatentModel
 from fastdis.ops import gaussian_kl, reparameterize
 
 
@@ -84,7 +85,7 @@ class ConvDecoder(nn.Sequential):
         )
 
 
-class VAE(nn.Module):
+class VAE(LatentModel):
     r"""Variational autoencoder with a weight on its divergence: the beta-VAE of Higgins et al. (2017).
 
     .. math::
@@ -129,6 +130,11 @@ class VAE(nn.Module):
         self.encoder = ConvEncoder(channels, 2 * latent_dim, image_size)
         self.decoder = ConvDecoder(latent_dim, channels, image_size)
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one image, (C, S, S)."""
+        return (self.channels, self.image_size, self.image_size)
+
     def config(self) -> dict[str, Any]:
         """Return the arguments that make a model like this one."""
         return {
@@ -146,9 +152,7 @@ class VAE(nn.Module):
         ValueError
             The images do not have the shape the model was made for.
         """
-        expected = (self.channels, self.image_size, self.image_size)
-        if x.dim() != 4 or x.shape[1:] != expected:
-            raise ValueError(f"x must have shape [B, {', '.join(map(str, expected))}], got {list(x.shape)}")
+        self._check_input(x)
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         return mean, logvar
 

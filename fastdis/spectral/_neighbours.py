@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 import torch
 
-from fastdis.spectral._host import smallest, squared_distances
+from fastdis.spectral import _device, _host
+from fastdis.spectral._arrays import to_array
 
 PROJECTED = 128  # directions that candidates are found in
 BLOCK_BYTES = 2**26  # of distances at a time
@@ -21,15 +25,16 @@ class NeighbourSearch:
 
     Parameters
     ----------
-    points : ndarray of float32 or float64, [n, D]
-        Finite.
+    points : array or tensor of float32 or float64, [n, D]
+        Finite. A tensor is searched on its device.
 
     References
     ----------
     .. [1] N. Halko, P. G. Martinsson, J. A. Tropp. Finding Structure with Randomness. SIAM Review 2011.
     """
 
-    def __init__(self, points: np.ndarray) -> None:
+    @_device.full_precision()
+    def __init__(self, points: Any) -> None:
         self.points = points
         self.mean = points.mean(axis=0)
         n, D = points.shape
@@ -38,15 +43,22 @@ class NeighbourSearch:
             generator = torch.Generator().manual_seed(0)
             mixing = torch.randn(n, PROJECTED, generator=generator)
             mixing -= mixing.mean(dim=0)  # sums of deviations from the mean, without forming these
-            mixtures = torch.from_numpy(points).to(torch.float32).T @ mixing
+            mixtures = self._single(points).T @ self._single(mixing)
             self.directions = torch.linalg.qr(mixtures).Q
         self.low = self._project(points)
         self.squares = self.low.square().sum(dim=1)
 
-    def nearest(self, k: int, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def numerics(self) -> ModuleType:
+        """What computes with the points where they lie."""
+        return _device if isinstance(self.points, torch.Tensor) else _host
+
+    @_device.full_precision()
+    def nearest(self, k: int, queries: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the k nearest points of each query, int64 [m, k], nearest first, and their squared distances.
 
         Of equally near ones the first come first. Without queries they are the points, and none is its own neighbour.
+        Queries are what points are, an array or a tensor; results are arrays.
         """
         themselves = queries is None
         queries = self.points if queries is None else queries
@@ -54,25 +66,26 @@ class NeighbourSearch:
         found, apart = np.empty((m, k), np.int64), np.empty((m, k))
         low = self.low if themselves else self._project(queries)
         at_once = max(1, BLOCK_BYTES // (4 * n))
-        buffer = torch.empty(min(m, at_once), n)  # fresh memory for every block would cost more than filling it
+        # Fresh memory for every block would cost more than filling it.
+        buffer = torch.empty(min(m, at_once), n, device=low.device)
         for start in range(0, m, at_once):
             block = low[start : start + at_once]
             squares = block.square().sum(dim=1)
             filled = torch.mm(-2 * block, self.low.T, out=buffer[: len(block)])
-            bounds = filled.add_(self.squares).add_(squares[:, None]).numpy()
-            rows = np.arange(len(block))
+            filled.add_(self.squares).add_(squares[:, None])
             if themselves:
-                bounds[rows, start + rows] = np.inf
+                filled.diagonal(start).fill_(torch.inf)
+            bounds = filled if self.numerics is _device else filled.numpy()
             # What rounding may have added to a bound.
-            slack = 4e-6 * (squares + self.squares.max()).numpy()
+            slack = to_array(4e-6 * (squares + self.squares.max()))
             others = n - themselves
             count = min(others, k + 8 + k // 8)
-            pending = rows
+            pending = np.arange(len(block))
             while len(pending):
-                candidates, bound = smallest(bounds, pending, count)
+                candidates, bound = map(to_array, self.numerics.smallest(bounds, pending, count))
                 at = start + pending
                 chosen = np.sort(candidates, axis=1)
-                distances = squared_distances(self.points, np.ascontiguousarray(queries[at]), chosen)
+                distances = to_array(self.numerics.squared_distances(self.points, queries[at], chosen))
                 order = np.argsort(distances, axis=1, kind="stable")[:, :k]
                 found[at], apart[at] = (np.take_along_axis(x, order, axis=1) for x in (chosen, distances))
                 if count == others:
@@ -81,18 +94,22 @@ class NeighbourSearch:
                 count = min(others, 2 * count)
         return found, apart
 
-    def _project(self, points: np.ndarray) -> torch.Tensor:
+    def _project(self, points: Any) -> torch.Tensor:
         if self.directions is None:
-            return torch.from_numpy(points - self.mean).to(torch.float32)
-        mean = torch.from_numpy(self.mean).to(torch.float32)
-        return torch.from_numpy(points).to(torch.float32) @ self.directions - mean @ self.directions
+            return self._single(points - self.mean)
+        return self._single(points) @ self.directions - self._single(self.mean) @ self.directions
+
+    def _single(self, values: Any) -> torch.Tensor:
+        """Return values as a float32 tensor, where the points lie."""
+        device = self.points.device if self.numerics is _device else "cpu"
+        return torch.as_tensor(values, dtype=torch.float32, device=device)
 
 
 class ApproximateSearch(NeighbourSearch):
     """Finds almost all of the nearest of points [n, D], in time that hardly grows faster than n.
 
     Candidates come from a graph of neighbours at several scales [1]_, built by faiss on the few directions; their
-    distances are exact. Arguments and results are those of :class:`NeighbourSearch`.
+    distances are exact. Arguments and results are those of :class:`NeighbourSearch`, but points lie on the host.
 
     References
     ----------
@@ -100,19 +117,19 @@ class ApproximateSearch(NeighbourSearch):
        Small World Graphs. IEEE TPAMI 2020.
     """
 
-    def __init__(self, points: np.ndarray) -> None:
+    def __init__(self, points: Any) -> None:
         try:
             import faiss
         except ImportError as error:
             raise ImportError(
                 "approximate neighbours need faiss: pip install 'fastdis[neighbors]', or neighbors_algorithm='exact'"
             ) from error
-        super().__init__(points)
+        super().__init__(to_array(points))
         self._index = faiss.IndexHNSWFlat(self.low.shape[1], 32)
         self._index.hnsw.efConstruction = 80
         self._index.add(self.low.numpy())
 
-    def nearest(self, k: int, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(self, k: int, queries: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Return what the k nearest points of each query probably are, and their squared distances."""
         themselves = queries is None
         queries = self.points if queries is None else queries
@@ -124,7 +141,7 @@ class ApproximateSearch(NeighbourSearch):
             found[found == np.arange(len(found))[:, None]] = -1
         # One that was not found stands at an infinite distance.
         chosen = np.sort(found, axis=1)
-        distances = squared_distances(self.points, np.ascontiguousarray(queries), np.maximum(chosen, 0))
+        distances = _host.squared_distances(self.points, queries, np.maximum(chosen, 0))
         distances[chosen < 0] = np.inf
         order = np.argsort(distances, axis=1, kind="stable")[:, :k]
         apart = np.take_along_axis(distances, order, axis=1)

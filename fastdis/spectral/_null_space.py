@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from fastdis.spectral._device import cholesky_solver
+
+Solve = Callable[[np.ndarray], np.ndarray]
+
+DEVICE_POINTS = 20000  # up to which a dense factor fits on a device
 DENSE_POINTS = 4000  # up to which a dense factor costs less than a sparse one
 SHIFTS = (1e-14, 1e-12, 1e-10)  # of the diagonal's mean: makes a singular matrix definite; the least that does it
 TOLERANCE = 1e-9  # of the subspace wanted, an angle
@@ -16,7 +23,7 @@ GAP_TOLERANCE = 0.01  # of the next eigenvalue, which only shows how wide the ga
 MOST_ROUNDS = 200
 
 
-def null_space(matrix: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
+def null_space(matrix: Any, d: int, device: torch.device | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return d eigenvectors and d + 1 eigenvalues of a positive semidefinite matrix with constant rows in its kernel.
 
     Parameters
@@ -25,6 +32,8 @@ def null_space(matrix: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
         Symmetric.
     d : int
         Smaller than n - 1.
+    device : torch.device, optional
+        Where the matrix is factored if its factor fits; by default on the host.
 
     Returns
     -------
@@ -41,10 +50,10 @@ def null_space(matrix: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
 
     Notes
     -----
-    Inverse iteration on a few vectors more than are wanted, on one factorisation.
+    Inverse iteration on a few vectors more than are wanted, on one factorisation. The vectors stay on the host.
     """
     n = matrix.shape[0]
-    solve = _solver(matrix)
+    solve = _solver(matrix, device)
     width = min(n - 1, d + max(4, d // 2))
     vectors = np.random.default_rng(0).standard_normal((n, width))
     vectors = _orthonormal(vectors)
@@ -77,24 +86,35 @@ def _orthonormal(vectors: np.ndarray) -> np.ndarray:
     return np.linalg.qr(vectors - vectors.mean(axis=0))[0]
 
 
-def _solver(matrix: Any) -> Callable[[np.ndarray], np.ndarray]:
+def _solver(matrix: Any, device: torch.device | None) -> Solve:
     """Return a function that solves (matrix + shift) x = b."""
-    from scipy import linalg, sparse
+    from scipy import sparse
     from scipy.sparse.linalg import splu
 
     n = matrix.shape[0]
-    least, middle, largest = (shift * matrix.diagonal().mean() for shift in SHIFTS)
+    shifts = [shift * matrix.diagonal().mean() for shift in SHIFTS]
+    if device is not None and n <= DEVICE_POINTS:
+        with suppress(torch.OutOfMemoryError):  # the host has more
+            return _by_least_shift(lambda shift: cholesky_solver(matrix, shift, device), shifts)
     if n <= DENSE_POINTS or matrix.nnz > 0.05 * n**2:
-        for shift in (least, middle, largest):
-            shifted = matrix.toarray(order="F")
-            shifted[np.diag_indices(n)] += shift
-            try:
-                factor = linalg.cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
-            except linalg.LinAlgError:
-                if shift == largest:
-                    raise
-            else:
-                return lambda b: linalg.cho_solve(factor, b, check_finite=False)
+        return _by_least_shift(lambda shift: _dense_solver(matrix, shift), shifts)
     # The matrix is symmetric and definite: what is best for sparsity is stable.
-    shifted = (matrix + middle * sparse.eye_array(n, format="csr")).tocsc()
+    shifted = (matrix + shifts[1] * sparse.eye_array(n, format="csr")).tocsc()
     return splu(shifted, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}).solve
+
+
+def _by_least_shift(solver: Callable[[float], Solve], shifts: Sequence[float]) -> Solve:
+    """Return the solver of the first shift, of rising ones, that makes the matrix definite."""
+    for shift in shifts[:-1]:
+        with suppress(np.linalg.LinAlgError, torch.linalg.LinAlgError):
+            return solver(shift)
+    return solver(shifts[-1])
+
+
+def _dense_solver(matrix: Any, shift: float) -> Solve:
+    from scipy import linalg
+
+    shifted = matrix.toarray(order="F")
+    shifted[np.diag_indices(len(shifted))] += shift
+    factor = linalg.cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
+    return lambda b: linalg.cho_solve(factor, b, check_finite=False)

@@ -6,11 +6,14 @@ import warnings
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
 
-from fastdis.spectral._arrays import from_tensor
-from fastdis.spectral._host import alignment, hessian_bases, leading_vectors, local_grams
+from fastdis.spectral._arrays import like, on_device, restorer, to_array
+from fastdis.spectral._host import alignment
 from fastdis.spectral._neighbours import ApproximateSearch, NeighbourSearch
 from fastdis.spectral._null_space import null_space
 
@@ -64,6 +67,11 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     Points may be NumPy arrays or tensors, [n, D], in any real dtype. Distances and local Gram matrices are made of
     differences in the points' own precision (float32 at least), added up in float64; all after that is float64, because
     the eigenvalues wanted are a part in 1e8 of others. Memory is O(n k^2), and that of a factor of M.
+
+    Points in a CUDA tensor stay on their device, in a fitted estimator too: there their neighbours, local Gram
+    matrices, tangent coordinates and the Hessian's bases are computed, and M is factored if n is at most 20,000. M
+    itself, the graph and coordinates are the host's, and so is all that ``"approximate"`` finds neighbours for. The
+    device's part has been tested on CPU tensors only.
 
     References
     ----------
@@ -126,8 +134,8 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         array or tensor, [n, d]
             ``embedding_``.
         """
-        restore = self._fit(X)
-        return restore(self.embedding_)
+        self._fit(X)
+        return restorer(X)(self.embedding_)
 
     def transform(self, X: Any) -> Any:
         """Return coordinates of other points.
@@ -146,15 +154,14 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             What was given: an array or a tensor.
         """
         check_is_fitted(self)
-        X, restore = from_tensor(X)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False, order="C")
-        queries = _rescaled(X.astype(self._search.points.dtype, copy=False), self._exponent)
+        points, numerics = self._search.points, self._search.numerics
+        queries = _rescaled(like(self._validated(X, reset=False), points), self._exponent)
         k, d = self.n_neighbors_, self.n_components
         neighbours, squares = self._search.nearest(k, queries)
-        grams = local_grams(self._search.points, queries, neighbours)
-        vectors, values = leading_vectors(grams, d)
+        grams = numerics.local_grams(points, queries, neighbours)
+        vectors, values = map(to_array, numerics.leading_vectors(grams, d))
         # Products of the query with its neighbours, less their mean, from distances alone.
-        lengths = np.diagonal(grams, axis1=1, axis2=2)
+        lengths = to_array(grams.diagonal(0, 1, 2))
         products = 0.5 * (lengths - squares - (lengths - squares).mean(axis=1, keepdims=True))
         coordinates = self.embedding_[neighbours]
         share = np.einsum("mkd,mk->md", vectors, products)
@@ -164,7 +171,7 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         placed = coordinates.mean(axis=1) + np.einsum("md,mkd,mkc->mc", share, vectors, coordinates, optimize=True)
         known = squares[:, 0] == 0
         placed[known] = self.embedding_[neighbours[known, 0]]
-        return restore(placed)
+        return restorer(X)(placed)
 
     def score(self, X: Any, y: Any) -> float:
         """Return how well affine functions of the coordinates explain true ones: mean R^2, at most 1.
@@ -183,20 +190,20 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """
         from sklearn.linear_model import LinearRegression
 
-        coordinates, truth = (from_tensor(values)[0] for values in (self.transform(X), y))
+        coordinates, truth = to_array(self.transform(X)), to_array(y)
         return float(LinearRegression().fit(coordinates, truth).score(coordinates, truth))
 
-    def _fit(self, X: Any) -> Any:
-        X, restore = from_tensor(X)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", ensure_min_samples=2)
+    def _fit(self, X: Any) -> None:
+        X = self._validated(X, reset=True)
         n, d = len(X), self._dimensions(X.shape[1])
-        self._exponent = -int(np.frexp(np.abs(X).max())[1])
-        X = _rescaled(X, self._exponent)
-        search = SEARCHES[self.neighbors_algorithm](X)
+        self._exponent = -int(np.frexp(float(_largest(X)))[1])
+        search = SEARCHES[self.neighbors_algorithm](_rescaled(X, self._exponent))
         neighbours = self._connected(search, self._neighbours(n, d))
         k = neighbours.shape[1]
 
-        vectors, values = leading_vectors(local_grams(X, X, neighbours), d)
+        points, numerics = search.points, search.numerics
+        frames, values = numerics.leading_vectors(numerics.local_grams(points, points, neighbours), d)
+        values = to_array(values)
         flat = np.flatnonzero(values[:, d - 1] <= INDEPENDENT * values[:, 0])
         if len(flat):
             raise ValueError(
@@ -204,22 +211,38 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
                 f"of {len(flat) - 1} other rows"
             )
         if self.mode == "hlle":
-            bases, full = hessian_bases(vectors)
+            bases, full = map(to_array, numerics.hessian_bases(frames))
             if not full.all():
                 raise ValueError(
                     f"X: products of the tangent coordinates of the {k} neighbours of row {np.argmin(full)} are not "
                     "independent: they lie on a conic; more neighbours are needed"
                 )
         else:
-            bases = np.concatenate([np.full((n, k, 1), k**-0.5), vectors], axis=2)
+            bases = np.concatenate([np.full((n, k, 1), k**-0.5), to_array(frames)], axis=2)
         from scipy.sparse import csr_array
 
         starts, columns, entries = alignment(neighbours, bases, n, complement=self.mode == "ltsa")
-        smooth, self.eigenvalues_ = null_space(csr_array((entries, columns, starts), shape=(n, n)), d)
+        matrix = csr_array((entries, columns, starts), shape=(n, n))
+        smooth, self.eigenvalues_ = null_space(matrix, d, points.device if isinstance(points, Tensor) else None)
         self._search, self.n_neighbors_ = search, k
         self.embedding_ = smooth * n**0.5
         self._n_features_out = d
-        return restore
+
+    def _validated(self, X: Any, *, reset: bool) -> Any:
+        """Return points, finite float32 or float64 [n, D]: a tensor where one is computed with on its device."""
+        options = {
+            "reset": reset,
+            "dtype": [np.float64, np.float32],
+            "order": "C",
+            "ensure_min_samples": 2 if reset else 1,
+        }
+        if not on_device(X):
+            return validate_data(self, to_array(X), **options)
+        # Two rows show all that scikit-learn asks of points, but that the others are finite.
+        validate_data(self, to_array(X[:2] if X.numel() else X), **options)
+        points = X.detach().to(X.dtype if X.dtype == torch.float64 else torch.float32).contiguous()
+        assert_all_finite(to_array(_largest(points)), estimator_name=type(self).__name__, input_name="X")
+        return points
 
     def _connected(self, search: NeighbourSearch, k: int) -> np.ndarray:
         """Return the neighbours of every point; by default as many as connect all."""
@@ -271,9 +294,17 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return int(k)
 
 
-def _rescaled(points: np.ndarray, exponent: int) -> np.ndarray:
+def _largest(points: Any) -> Any:
+    """Return the size of the largest number; NaN if there is one."""
+    return max(-points.min(), points.max())
+
+
+def _rescaled(points: Any, exponent: int) -> Any:
     """Return points times a power of two, where their squares could leave the range of their type; else as they are."""
-    return np.ldexp(points, exponent) if abs(exponent) > 40 else points
+    if abs(exponent) <= 40:
+        return points
+    half = exponent // 2  # as the power itself may be out of that range
+    return points * 2.0**half * 2.0 ** (exponent - half)
 
 
 def _refuse_equal(neighbours: np.ndarray, squares: np.ndarray) -> None:

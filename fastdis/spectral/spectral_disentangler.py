@@ -9,7 +9,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.validation import check_is_fitted
 
 from fastdis.metrics import mcc
-from fastdis.spectral._arrays import from_tensor
+from fastdis.spectral._arrays import restorer, to_array
 from fastdis.spectral.fast_ica import FastICA
 from fastdis.spectral.hessian_eigenmap import HessianEigenmap
 
@@ -54,6 +54,9 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     The paper's number of neighbours and its options of the analysis are not public: defaults are ours. Constant but
     unequal scales of the factors do no harm. Factors that are Gaussian, or a map that stretches some places more than
     others, are outside the theorem.
+
+    Points in a CUDA tensor stay on their device, where :class:`HessianEigenmap` says what is computed there; components
+    are the host's.
 
     References
     ----------
@@ -117,7 +120,6 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         array or tensor, [n, d]
             ``embedding_``.
         """
-        X, restore = from_tensor(X)
         eigenmap = HessianEigenmap(
             self.n_components,
             n_neighbors=self.n_neighbors,
@@ -131,7 +133,7 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         if hasattr(eigenmap, "feature_names_in_"):
             self.feature_names_in_ = eigenmap.feature_names_in_
         self._n_features_out = factors.shape[1]
-        return restore(factors)
+        return restorer(X)(factors)
 
     def transform(self, X: Any) -> Any:
         """Return factors of other points, [m, d], as what was given: an array or a tensor.
@@ -164,5 +166,5 @@ class SpectralDisentangler(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         float
             ``fastdis.metrics.mcc`` of :meth:`transform`, from 0 to 1.
         """
-        truth = np.asarray(from_tensor(y)[0])
+        truth = np.asarray(to_array(y))
         return mcc(self.transform(X), truth[:, None] if truth.ndim == 1 else truth).score

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdis.data.atomic import atomic_path
-from fastdis.models import VAE, build_model
+from fastdis.models import LatentModel, build_model
 
 FORMAT = 1
 
@@ -22,7 +22,7 @@ class Checkpoint:
 
     Attributes
     ----------
-    model : VAE
+    model : LatentModel
         The model, with its weights.
     optimizer : dict
         State of the optimizer.
@@ -37,7 +37,7 @@ class Checkpoint:
         Every term of the loss at every step done.
     """
 
-    model: VAE
+    model: LatentModel
     optimizer: dict[str, Any]
     step: int
     generator: Tensor

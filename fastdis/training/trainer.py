@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from fastdis.data import FactorDataset
+from fastdis.data import FactorDataset, PointDataset
 from fastdis.data.atomic import atomic_path
-from fastdis.models import VAE
+from fastdis.models import LatentModel
 from fastdis.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 Callback = Callable[[int, int, Mapping[str, float]], None]
@@ -30,10 +30,10 @@ class Trainer:
 
     Parameters
     ----------
-    model : VAE
+    model : LatentModel
         Trained in place, on the device it is on.
-    dataset : FactorDataset
-        Images; a batch is drawn uniformly, with replacement.
+    dataset : FactorDataset or PointDataset
+        Images or points; a batch is drawn uniformly, with replacement.
     steps : int
         Steps in all.
     batch_size : int, optional
@@ -68,8 +68,8 @@ class Trainer:
 
     def __init__(
         self,
-        model: VAE,
-        dataset: FactorDataset,
+        model: LatentModel,
+        dataset: FactorDataset | PointDataset,
         *,
         steps: int,
         batch_size: int = 64,
@@ -85,11 +85,9 @@ class Trainer:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if not (lr > 0 and math.isfinite(lr)):
             raise ValueError(f"lr must be a positive number, got {lr}")
-        expected = (model.channels, model.image_size, model.image_size)
-        if dataset.image_shape != expected:
-            raise ValueError(
-                f"dataset has images of {list(dataset.image_shape)}, and the model was made for {list(expected)}"
-            )
+        given, expected = list(dataset.image_shape), list(model.input_shape)
+        if given != expected:
+            raise ValueError(f"dataset has images of {given}, and the model was made for {expected}")
         self.model = model
         self.dataset = dataset
         self.steps = steps
@@ -108,7 +106,7 @@ class Trainer:
     def resume(
         cls,
         path: str | os.PathLike[str],
-        dataset: FactorDataset,
+        dataset: FactorDataset | PointDataset,
         *,
         steps: int | None = None,
         out: str | os.PathLike[str] | None = None,

@@ -158,7 +158,7 @@ def test_base_decodes_are_shared():
     assert decoded == [6, 5 * 4]
 
 
-@pytest.mark.parametrize(("part", "steps"), [("decoder", 40), ("embedder", 60)])
+@pytest.mark.parametrize(("part", "steps"), [("decoder", 40), ("embedder", 120)])
 def test_either_part_alone_learns_to_tell_interventions_apart(part, steps):
     """On one episode, by the prototypical loss; chance is one in four, and its loss ln 4."""
     model = small()

@@ -114,7 +114,7 @@ def test_configuration_rebuilds_the_model(model):
 
 
 def test_models_that_do_not_exist():
-    with pytest.raises(ValueError, match="one of VAE, ProtoVAE, got 'GAN'"):
+    with pytest.raises(ValueError, match="one of VAE, ProtoVAE, Autoencoder, GaussianVAE, got 'GAN'"):
         build_model("GAN", {})
     with pytest.raises(ValueError, match="gamma"):
         build_model("VAE", {"gamma": 3})
