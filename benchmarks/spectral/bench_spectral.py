@@ -39,10 +39,12 @@ class Case:
     target: float | None = None
     most_seconds: float | None = None
     quick: bool = False
+    neighbors: str = "exact"
 
     @property
     def name(self) -> str:
-        return f"n={self.n:,} d={self.d} k={self.k} D={self.D:,}"
+        approximate = " approximate" if self.neighbors == "approximate" else ""
+        return f"n={self.n:,} d={self.d} k={self.k} D={self.D:,}{approximate}"
 
 
 CASES = [
@@ -50,6 +52,7 @@ CASES = [
     Case(3000, 2, 40, 12288, "arpack", target=10),
     Case(6000, 8, 60, 12288, "dense", target=8),
     Case(100_000, 2, 15, 64, None, most_seconds=300),
+    Case(100_000, 2, 15, 256, None, most_seconds=300, neighbors="approximate"),
 ]
 
 
@@ -62,7 +65,7 @@ def sine(first: np.ndarray, second: np.ndarray) -> float:
 def test_against_scikit_learn(benchmark, case: Case):
     points, latents = flat_torus(case.d, ambient=case.D, reach=0.8).sample(case.n)
     X = points.numpy()
-    estimator = HessianEigenmap(case.d, n_neighbors=case.k, mode="ltsa").fit(X)
+    estimator = HessianEigenmap(case.d, n_neighbors=case.k, mode="ltsa", neighbors_algorithm=case.neighbors).fit(X)
     benchmark.group = "spectral"
     if case.solver is None:
         explained = LinearRegression().fit(estimator.embedding_, latents).score(estimator.embedding_, latents)
