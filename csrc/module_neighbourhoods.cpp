@@ -19,7 +19,7 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 using Indices = Array<int64_t>;
 
-// (columns [m, count], largest [m])
+// (columns [m, count], found [m, count])
 py::tuple smallest(const Array<float>& values, const Indices& rows, int64_t count, int threads) {
   check_that(values.ndim() == 2 && rows.ndim() == 1, "values must be [*, n], and rows [m]");
   const int64_t n = values.shape(1), m = rows.shape(0);
@@ -27,14 +27,14 @@ py::tuple smallest(const Array<float>& values, const Indices& rows, int64_t coun
   check_that(std::all_of(rows.data(), rows.data() + m, [&](int64_t row) { return 0 <= row && row < values.shape(0); }),
              "rows must be those of values");
   Indices columns({m, count});
-  Array<float> largest(m);
+  Array<float> found({m, count});
   int64_t* to = columns.mutable_data();
-  float* largest_out = largest.mutable_data();
+  float* found_out = found.mutable_data();
   {
     const py::gil_scoped_release release;
-    fastdis::host::smallest(values.data(), n, rows.data(), m, count, to, largest_out, threads);
+    fastdis::host::smallest(values.data(), n, rows.data(), m, count, to, found_out, threads);
   }
-  return py::make_tuple(columns, largest);
+  return py::make_tuple(columns, found);
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "../core/gemm.h"
@@ -15,7 +16,7 @@ namespace fastdis::host {
 
 namespace {
 
-constexpr int64_t chunk = 2048;  // dimensions whose sums stay in the points' own precision
+constexpr int64_t chunk = 1024;  // dimensions whose sums stay in the points' own precision
 
 void check_below(const int64_t* indices, int64_t count, int64_t n) {
   for (int64_t i = 0; i < count; ++i) {
@@ -336,13 +337,13 @@ struct HessianBases {
 }  // namespace
 
 void smallest(const float* values, int64_t n, const int64_t* rows, int64_t m, int64_t count, int64_t* columns,
-              float* largest, int threads) {
+              float* found, int threads) {
   parallel_ranges(m, 8, threads, [&](int64_t begin, int64_t end) {
     std::vector<Smallest::Entry> kept;
     for (int64_t q = begin; q < end; ++q) {
       multiversion<Smallest>(values + rows[q] * n, n, count, &kept);
-      for (int64_t c = 0; c < count; ++c) columns[q * count + c] = kept[static_cast<std::size_t>(c)].second;
-      largest[q] = kept.back().first;
+      for (int64_t c = 0; c < count; ++c)
+        std::tie(found[q * count + c], columns[q * count + c]) = kept[static_cast<std::size_t>(c)];
     }
   });
 }

@@ -8,9 +8,9 @@
 namespace fastdis::host {
 
 // columns[q] [count] = where the smallest of row rows[q] of values [*, n] are, smallest first, of equal ones the first
-// first; largest[q] = the largest of these. 1 <= count <= n; no value is NaN.
+// first, and found[q] [count] = what they are. 1 <= count <= n; no value is NaN.
 void smallest(const float* values, int64_t n, const int64_t* rows, int64_t m, int64_t count, int64_t* columns,
-              float* largest, int threads);
+              float* found, int threads);
 
 // out[q, c] = |queries[q] - points[candidates[q, c]]|^2, by differences: nothing cancels.
 // points [n, D], queries [m, D], candidates [m, count] below n; sums in double precision.

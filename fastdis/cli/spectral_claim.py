@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from fastdis.models import Autoencoder, GaussianVAE, LatentModel
 from fastdis.spectral import FastICA, SpectralDisentangler
 from fastdis.training import Trainer
 
+Item = tuple[str, int, str]  # manifold, seed, and what makes codes
 SHOWN = 400  # points of each panel of the picture
 
 
@@ -88,7 +91,14 @@ SCORES = ("mcc", "mcc_spearman", "r2", "local_isometry")
 
 
 def compare(
-    out: Path, *, seeds: int, steps: int, points: int | None, manifolds: Sequence[str], spectral_only: bool
+    out: Path,
+    *,
+    seeds: int,
+    steps: int,
+    points: int | None = None,
+    manifolds: Sequence[str] = (),
+    spectral_only: bool = False,
+    jobs: int = 1,
 ) -> Results:
     """Let every method recover every manifold, from every seed, and keep what comes out.
 
@@ -100,12 +110,14 @@ def compare(
         How many samples, with weights of their own.
     steps : int
         Of every autoencoder.
-    points : int or None
-        Of every manifold; None for as many as each asks for.
-    manifolds : sequence of str
+    points : int, optional
+        Of every manifold; by default as many as each asks for.
+    manifolds : sequence of str, optional
         Beginnings of the names of those wanted; all where there are none.
-    spectral_only : bool
+    spectral_only : bool, optional
         Leave the autoencoders out.
+    jobs : int, optional
+        Processes that share the work, and the threads.
 
     Returns
     -------
@@ -124,13 +136,13 @@ def compare(
     sources = [*SPECTRAL] if spectral_only else [*SPECTRAL, *AUTOENCODERS]
     settings = {"version": fastdis.__version__, "steps": steps, "points": points, "batch_size": BATCH_SIZE, "lr": LR}
     results = Results(out, settings)
-    work = [(case, seed, source) for seed in range(seeds) for case in cases for source in sources]
+    work = [(case.name, seed, source) for seed in range(seeds) for case in cases for source in sources]
+    missing = [item for item in work if not results.has(*item)]
     with progress_bar("recovering ") as bar:
-        for done, (case, seed, source) in enumerate(work):
-            bar(done, len(work), f"{case.name}, seed {seed}: {source}")
-            if not results.has(case.name, seed, source):
-                results.add(case.name, seed, source, _run(case, seed, source, steps, points))
-        bar(len(work), len(work), "")
+        bar(len(work) - len(missing), len(work), "")
+        for item, found in _run_all(missing, jobs, steps, points):
+            results.add(*item, found)
+            bar(len(work) - len(missing) + results.added, len(work), f"{item[0]}, seed {item[1]}: {item[2]}")
     methods = [method for method in METHODS if method.removesuffix(" + ICA") in sources or method in sources]
     shown = results.shown
     draw_recovery(
@@ -152,6 +164,15 @@ class Results:
     settings : dict
         What the results depend on.
 
+    Attributes
+    ----------
+    runs : list of dict
+        The scores of everything that was run, in any order.
+    shown : dict of str to ndarray
+        Codes, matched with the latents, and latents, of seed 0.
+    added : int
+        How many runs were not there before.
+
     Raises
     ------
     ValueError
@@ -164,6 +185,7 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.codes_path = out / "results.json", out / "codes.npz"
         self.settings = settings
+        self.added = 0
         self.runs: list[dict[str, Any]] = []
         self.shown: dict[str, np.ndarray] = {}
         if self.path.exists():
@@ -184,6 +206,7 @@ class Results:
     def add(self, case: str, seed: int, source: str, found: dict[str, Any]) -> None:
         """Keep what was found, on disk too."""
         shown = found.pop("shown")
+        self.added += 1
         self.runs.append({"manifold": case, "seed": seed, "source": source, **found})
         if seed == 0:
             self.shown.update({f"{case}|{name}": values for name, values in shown.items()})
@@ -199,8 +222,28 @@ class Results:
         return np.array([run["scores"][method][score] for run in runs])
 
 
-def _run(case: Case, seed: int, source: str, steps: int, points: int | None) -> dict[str, Any]:
+def _run_all(work: Sequence[Item], jobs: int, steps: int, points: int | None) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """Give what comes out of every item, as it is done."""
+    if jobs == 1:
+        for item in work:
+            yield item, _run(*item, steps, points)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    # Threads that were started here would be missing in a forked process.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        running = {pool.submit(_run, *item, steps, points): item for item in work}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _run(name: str, seed: int, source: str, steps: int, points: int | None) -> dict[str, Any]:
     """Return the scores of what a source makes of a manifold, by itself and with ICA, and what of it is shown."""
+    case = next(case for case in CASES if case.name == name)
     manifold = case.manifold
     X, latents = manifold.sample(
         points or case.n,

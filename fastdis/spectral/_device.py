@@ -38,12 +38,12 @@ def full_precision() -> Iterator[None]:
 
 
 def smallest(values: Tensor, rows: np.ndarray | Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return where the smallest of some rows of values, float32 [*, n], are, int64 [m, count], and the largest of them.
+    """Return where the smallest of some rows of values, float32 [*, n], are, int64 [m, count], and what they are.
 
     Smallest first, of equal ones any. No value is NaN.
     """
     found = torch.topk(values[torch.as_tensor(rows, device=values.device)], count, largest=False)
-    return found.indices, found.values[:, -1]
+    return found.indices, found.values
 
 
 def squared_distances(points: Tensor, queries: Tensor, candidates: np.ndarray | Tensor) -> Tensor:

@@ -14,7 +14,7 @@ SparseRows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def smallest(values: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the smallest of some rows of values, float32 [*, n], are, int64 [m, count], and the largest of them.
+    """Return where the smallest of some rows of values, float32 [*, n], are, int64 [m, count], and what they are.
 
     Smallest first, of equal ones the first first. No value is NaN.
     """
@@ -26,7 +26,7 @@ def smallest(values: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarr
 def smallest_numpy(values: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return what :func:`smallest` returns."""
     columns = np.argsort(values[rows], axis=1, kind="stable")[:, :count]
-    return columns, values[rows, columns[:, -1]]
+    return columns, np.take_along_axis(values[rows], columns, axis=1)
 
 
 def squared_distances(points: np.ndarray, queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -61,10 +62,43 @@ class NeighbourSearch:
         Queries are what points are, an array or a tensor; results are arrays.
         """
         themselves = queries is None
-        queries = self.points if queries is None else queries
-        m, n = len(queries), len(self.points)
-        found, apart = np.empty((m, k), np.int64), np.empty((m, k))
         low = self.low if themselves else self._project(queries)
+        queries = self.points if themselves else queries
+        found, apart = np.empty((len(queries), k), np.int64), np.empty((len(queries), k))
+        for start, bounds, slack in self._blocks(low, themselves):
+            part = slice(start, start + len(slack))
+            rows = np.arange(len(slack))
+            found[part], apart[part] = self._compare(k, queries[part], bounds, slack, rows, themselves)
+        return found, apart
+
+    @_device.full_precision()
+    def graph(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k nearest points of each point, int64 [n, k] in rising order, and where half of them may equal it.
+
+        What a point has outside of the few directions bounds its distances from above too. Where such bounds tell the k
+        nearest from all others, no distance in all dimensions is computed.
+        """
+        n = len(self.points)
+        beyond = self._beyond()
+        reach = to_array((beyond + beyond.max()).square())
+        found, crowded = np.empty((n, k), np.int64), np.empty(n, bool)
+        for start, bounds, slack in self._blocks(self.low, True):
+            part = slice(start, start + len(slack))
+            columns, values = map(to_array, self.numerics.smallest(bounds, np.arange(len(slack)), min(n - 1, k + 1)))
+            found[part] = columns[:, :k]
+            crowded[part] = values[:, k // 2] <= slack
+            if k < n - 1:
+                rows = np.flatnonzero(values[:, k - 1] + reach[part] + slack >= values[:, k] - slack)
+                found[start + rows], _ = self._compare(k, self.points[part], bounds, slack, rows, True)
+        found.sort(axis=1)
+        return found, crowded
+
+    def _blocks(self, low: torch.Tensor, themselves: bool) -> Iterator[tuple[int, Any, np.ndarray]]:
+        """Give the squared distances [b, n] in few directions of some queries at a time, to be used before the next.
+
+        Before them stands the first query's number; after them what rounding may have added to each row.
+        """
+        m, n = len(low), len(self.low)
         at_once = max(1, BLOCK_BYTES // (4 * n))
         # Fresh memory for every block would cost more than filling it.
         buffer = torch.empty(min(m, at_once), n, device=low.device)
@@ -75,24 +109,40 @@ class NeighbourSearch:
             filled.add_(self.squares).add_(squares[:, None])
             if themselves:
                 filled.diagonal(start).fill_(torch.inf)
-            bounds = filled if self.numerics is _device else filled.numpy()
-            # What rounding may have added to a bound.
             slack = to_array(4e-6 * (squares + self.squares.max()))
-            others = n - themselves
-            count = min(others, k + 8 + k // 8)
-            pending = np.arange(len(block))
-            while len(pending):
-                candidates, bound = map(to_array, self.numerics.smallest(bounds, pending, count))
-                at = start + pending
-                chosen = np.sort(candidates, axis=1)
-                distances = to_array(self.numerics.squared_distances(self.points, queries[at], chosen))
-                order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-                found[at], apart[at] = (np.take_along_axis(x, order, axis=1) for x in (chosen, distances))
-                if count == others:
-                    break
-                pending = pending[bound - slack[pending] < apart[at, -1]]
-                count = min(others, 2 * count)
-        return found, apart
+            yield start, filled if self.numerics is _device else filled.numpy(), slack
+
+    def _compare(
+        self, k: int, queries: Any, bounds: Any, slack: np.ndarray, pending: np.ndarray, themselves: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k nearest points of some queries of a block, and their squared distances in all dimensions."""
+        rows = pending
+        found, apart = np.empty((len(slack), k), np.int64), np.empty((len(slack), k))
+        others = len(self.points) - themselves
+        count = min(others, k + 8 + k // 8)
+        while len(pending):
+            candidates, near = map(to_array, self.numerics.smallest(bounds, pending, count))
+            chosen = np.sort(candidates, axis=1)
+            distances = to_array(self.numerics.squared_distances(self.points, queries[pending], chosen))
+            order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+            found[pending], apart[pending] = (np.take_along_axis(x, order, axis=1) for x in (chosen, distances))
+            if count == others:
+                break
+            pending = pending[near[:, -1] - slack[pending] < apart[pending, -1]]
+            count = min(others, 2 * count)
+        return found[rows], apart[rows]
+
+    def _beyond(self) -> torch.Tensor:
+        """Return how far each point lies from the mean outside of the few directions, float32 [n]."""
+        beyond = torch.zeros(len(self.low), device=self.low.device)
+        if self.directions is not None:
+            mean = self._single(self.mean)
+            at_once = max(1, BLOCK_BYTES // (4 * len(mean)))
+            for start in range(0, len(beyond), at_once):
+                part = slice(start, start + at_once)
+                rest = torch.addmm(self._single(self.points[part]) - mean, self.low[part], self.directions.T, alpha=-1)
+                beyond[part] = rest.norm(dim=1)
+        return beyond
 
     def _project(self, points: Any) -> torch.Tensor:
         if self.directions is None:
@@ -152,3 +202,8 @@ class ApproximateSearch(NeighbourSearch):
                 f"{len(lost) - 1} other rows; neighbors_algorithm='exact' finds all"
             )
         return np.take_along_axis(chosen, order, axis=1), apart
+
+    def graph(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the k nearest points of each point probably are, and where half of them equal it."""
+        found, squares = self.nearest(k)
+        return np.sort(found, axis=1), squares[:, k // 2] == 0

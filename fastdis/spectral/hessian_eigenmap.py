@@ -56,7 +56,7 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         Coordinates of the points fitted: uncorrelated, of mean 0 and variance 1, the smoothest first.
     eigenvalues_ : ndarray of float64, [d + 1]
         Of M, but for that of constants. A manifold that is flat and of the dimension given has d that are much smaller
-        than the last, which is known to about 1 %.
+        than the last, which is known to about a tenth.
     n_neighbors_ : int
         k.
     n_features_in_ : int
@@ -247,8 +247,8 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     def _connected(self, search: NeighbourSearch, k: int) -> np.ndarray:
         """Return the neighbours of every point; by default as many as connect all."""
         n, first = len(search.points), k
-        neighbours, squares = search.nearest(k)
-        _refuse_equal(neighbours, squares)
+        neighbours, crowded = search.graph(k)
+        _refuse_equal(search, neighbours, np.flatnonzero(crowded))
         parts = shown = _parts(neighbours)
         while len(parts) > 1:
             sizes = ", ".join(map(str, shown[:10])) + (", ..." if len(shown) > 10 else "")
@@ -256,7 +256,7 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             if self.n_neighbors is not None:
                 raise ValueError(f"{fallen}; take more neighbours, or fit the parts one by one")
             k = min(n - 1, 2 * k)
-            neighbours = search.nearest(k)[0]
+            neighbours, _ = search.graph(k)
             parts = _parts(neighbours)
             if len(parts) == 1:
                 warnings.warn(
@@ -307,13 +307,17 @@ def _rescaled(points: Any, exponent: int) -> Any:
     return points * 2.0**half * 2.0 ** (exponent - half)
 
 
-def _refuse_equal(neighbours: np.ndarray, squares: np.ndarray) -> None:
+def _refuse_equal(search: NeighbourSearch, neighbours: np.ndarray, crowded: np.ndarray) -> None:
     """Refuse rows that have so many equal ones that these hide the manifold; a few do no harm."""
+    points, near = search.points, neighbours[crowded]
+    squares = np.sort(to_array(search.numerics.squared_distances(points, points[crowded], near)), axis=1)
     equal = np.flatnonzero(squares[:, squares.shape[1] // 2] == 0)
     if len(equal):
+        row = crowded[equal[0]]
+        others = neighbours[row][to_array((points[neighbours[row]] == points[row]).all(1))]
         raise ValueError(
-            f"X must have distinct rows: more than half of the {squares.shape[1]} neighbours of row {equal[0]} equal "
-            f"it, such as row {neighbours[equal[0], 0]}, and so it is with {len(equal) - 1} other rows"
+            f"X must have distinct rows: more than half of the {neighbours.shape[1]} neighbours of row {row} equal "
+            f"it, such as row {others[0]}, and so it is with {len(equal) - 1} other rows"
         )
 
 

@@ -52,7 +52,7 @@ def test_results_picture_and_table(tmp_path, capsys):
     before = (out / "results.json").read_bytes()
     assert reproduce(out, "--manifold", "flat torus, d=2") == 0
     assert (out / "results.json").read_bytes() == before
-    assert reproduce(out, "--manifold", "flat torus, d=2", "--spectral-only", "--seeds", "2") == 0
+    assert reproduce(out, "--manifold", "flat torus, d=2", "--spectral-only", "--seeds", "2", "--jobs", "2") == 0
     assert len(json.loads((out / "results.json").read_text())["runs"]) == len(results["runs"]) + 4
 
 

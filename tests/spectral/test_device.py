@@ -44,11 +44,11 @@ def test_smallest(put, n, count, kind):
     elif kind == "infinite":
         values[:, ::2] = np.inf
     rows = np.array([6, 0, 0, 3])
-    columns, largest = map(array, _device.smallest(put(values), rows, count))
-    expected, expected_largest = _host.smallest_numpy(values, rows, count)
+    columns, found = map(array, _device.smallest(put(values), rows, count))
+    expected, expected_found = _host.smallest_numpy(values, rows, count)
     assert (np.diff(np.sort(columns, axis=1)) > 0).all()
     assert np.array_equal(values[rows[:, None], columns], np.take_along_axis(values[rows], expected, axis=1))
-    assert np.array_equal(largest, expected_largest)
+    assert np.array_equal(found, expected_found)
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2**12, 2**28])

@@ -55,7 +55,7 @@ def test_hlle_by_hand(torus_patch):
     eigenmap = HessianEigenmap(2, n_neighbors=k).fit(X)
     assert angle(eigenmap.embedding_, vectors[:, 1:3]) < 1e-6
     np.testing.assert_allclose(eigenmap.eigenvalues_[:2], values[1:3], rtol=1e-5, atol=1e-9)
-    np.testing.assert_allclose(eigenmap.eigenvalues_[2], values[3], rtol=0.01)
+    np.testing.assert_allclose(eigenmap.eigenvalues_[2], values[3], rtol=0.1)
 
 
 def test_sparse_and_dense_factors_agree(patch, monkeypatch):

@@ -39,6 +39,46 @@ def test_neighbours_are_exact(monkeypatch, kind, n, D, k, dtype):
     np.testing.assert_allclose(squares, np.sort(truth, axis=1)[:, :k], rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["noise", "curve", "offset"])
+@pytest.mark.parametrize(("n", "D", "k"), [(2, 1, 1), (40, 3, 39), (40, 3, 38), (400, 20, 10), (700, 600, 25)])
+def test_a_graph_has_the_nearest(monkeypatch, kind, n, D, k, dtype):
+    monkeypatch.setattr(_neighbours, "BLOCK_BYTES", 4 * max(n, D) * 37)
+    points = points_of(kind, n, D, dtype)
+    found, crowded = NeighbourSearch(points).graph(k)
+    exact = points.astype(np.float64)
+    truth = cdist(exact, exact, "sqeuclidean")
+    np.fill_diagonal(truth, np.inf)
+    assert (np.diff(found, axis=1) > 0).all()
+    squares = np.sort(np.take_along_axis(truth, found, axis=1), axis=1)
+    np.testing.assert_allclose(squares, np.sort(truth, axis=1)[:, :k], rtol=2e-6 if dtype == np.float32 else 1e-13)
+    if kind == "noise" and n > 2:
+        assert not crowded.any()
+
+
+def test_a_graph_of_points_in_few_directions_compares_few_of_them(monkeypatch):
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((600, 3)) @ rng.standard_normal((3, 500))
+    search, compared = NeighbourSearch(points), []
+    plain = _neighbours._host.squared_distances
+    monkeypatch.setattr(
+        _neighbours._host, "squared_distances", lambda *given: compared.extend(given[1]) or plain(*given)
+    )
+    found, _ = search.graph(12)
+    assert len(compared) < 300
+    assert np.array_equal(found, np.sort(search.nearest(12)[0], axis=1))
+
+
+@pytest.mark.parametrize("D", [3, 300])
+def test_a_graph_says_where_points_are_crowded(D):
+    points = points_of("noise", 400, D, np.float64)
+    points[10:30] = points[10]
+    _, crowded = NeighbourSearch(points).graph(12)
+    assert crowded[10:30].all()
+    assert not crowded[np.r_[0:10, 30:400]].any()
+    assert np.array_equal(ApproximateSearch(points).graph(12)[1], crowded)
+
+
 def test_queries_are_placed_among_the_points():
     points = points_of("noise", 300, 9, np.float64)
     queries = points_of("noise", 50, 9, np.float64)
