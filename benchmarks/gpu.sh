@@ -145,6 +145,7 @@ if wanted suite; then
     # The other files of that folder need no GPU.
     selection=(tests/ops -k "cuda or on_gpu" --ignore tests/ops/test_cuda_compile.py
       --ignore tests/ops/test_triton_compile.py --ignore tests/ops/test_triton_interpreter.py)
+    if "$python" -c "import scipy, sklearn"; then selection=(tests/spectral/test_device.py "${selection[@]}"); fi
   fi
   signal=INT stage suite "$(least 150 "$(($(remaining) - 150))")" bash -c 'suite suite "$@"' - "$processes" \
     "${selection[@]}"

@@ -38,9 +38,10 @@ def test_isometric_manifolds(manifold, n, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("manifold", "n"), MANIFOLDS, ids=lambda value: getattr(value, "name", ""))
-def test_isometric_manifolds_from_thirty_seeds(manifold, n):
-    assert min(recovered(manifold, n, seed) for seed in range(30)) > 0.99
+@pytest.mark.parametrize("mode", ["hlle", "ltsa"])
+@pytest.mark.parametrize(("manifold", "n"), [*MANIFOLDS, (flat_torus(8), 6000)], ids=lambda x: getattr(x, "name", ""))
+def test_isometric_manifolds_from_other_seeds(manifold, n, mode):
+    assert min(recovered(manifold, n, seed, mode) for seed in range(1, 4)) > 0.99
 
 
 def test_gaussian_latents_are_not_recovered():
