@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,7 +39,7 @@ from fastdis.spectral import FastICA, SpectralDisentangler
 from fastdis.training import Trainer
 
 Item = tuple[str, int, str]  # manifold, seed, and what makes codes
-SHOWN = 400  # points of each panel of the picture
+SHOWN = 200  # points of each panel of the picture
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ CASES = (
     Case(flat_torus(8), 6000),
     Case(turning_shapes(), 3000),
     Case(growing_shapes(), 3000),
-    Case(flat_torus(2), 3000, "gaussian"),
+    Case(flat_torus(4), 4000, "gaussian"),
 )
 SPECTRAL = {"HLLE + ICA": "hlle", "LTSA + ICA": "ltsa"}
 AUTOENCODERS: dict[str, Callable[[int, int], LatentModel]] = {
@@ -231,7 +233,7 @@ def _run_all(work: Sequence[Item], jobs: int, steps: int, points: int | None) ->
     threads = max(1, torch.get_num_threads() // jobs)
     # Threads that were started here would be missing in a forked process.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(threads,)) as pool:
         running = {pool.submit(_run, *item, steps, points): item for item in work}
         try:
             for future in as_completed(running):
@@ -239,6 +241,14 @@ def _run_all(work: Sequence[Item], jobs: int, steps: int, points: int | None) ->
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin_worker(threads: int) -> None:
+    """Set up a process that works for this one, and ends with it however it ends."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _run(name: str, seed: int, source: str, steps: int, points: int | None) -> dict[str, Any]:
