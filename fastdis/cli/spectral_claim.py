@@ -246,9 +246,14 @@ def _run_all(work: Sequence[Item], jobs: int, steps: int, points: int | None) ->
 def _begin_worker(threads: int) -> None:
     """Set up a process that works for this one, and ends with it however it ends."""
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        parent.join()
+        os._exit(1)
 
 
 def _run(name: str, seed: int, source: str, steps: int, points: int | None) -> dict[str, Any]:
