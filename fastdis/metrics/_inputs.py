@@ -14,12 +14,7 @@ def as_codes(codes: np.ndarray | Tensor, name: str = "codes") -> np.ndarray:
 
     Double precision, so that codes score the same in whatever precision they come.
     """
-    if isinstance(codes, Tensor):
-        codes = codes.detach().cpu()
-        codes = (codes.float() if codes.dtype == torch.bfloat16 else codes).numpy()  # NumPy has no bfloat16
-    array = np.asarray(codes)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    array = as_reals(codes, name)
     if array.ndim != 2 or array.shape[1] == 0:
         raise ValueError(f"{name} must have shape [n, d] with at least one code, got {list(array.shape)}")
     if len(array) == 0:
@@ -29,6 +24,17 @@ def as_codes(codes: np.ndarray | Tensor, name: str = "codes") -> np.ndarray:
         columns = ", ".join(map(str, np.flatnonzero(~finite.all(axis=0))))
         raise ValueError(f"{name} must be finite, and hold NaN or infinity in column {columns}")
     return array.astype(np.float64)
+
+
+def as_reals(values: np.ndarray | Tensor, name: str) -> np.ndarray:
+    """Return real numbers as an array of their own shape, refusing any other kind."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    return array
 
 
 def as_factors(

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastdis.metrics._centred import centred
-from fastdis.metrics._inputs import _check_rows, as_codes, as_count
+from fastdis.metrics._inputs import _check_rows, as_codes, as_count, as_reals
 from fastdis.metrics.result import Result
 
 
@@ -170,12 +169,7 @@ def _distances(points: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
 
 def _as_points(points: np.ndarray | Tensor, n: int) -> np.ndarray:
     """Return points as float64 [n, D], refusing what is not finite, has no numbers, or does not fit ``n`` codes."""
-    if isinstance(points, Tensor):
-        points = points.detach().cpu()
-        points = (points.float() if points.dtype == torch.bfloat16 else points).numpy()  # NumPy has no bfloat16
-    array = np.asarray(points)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"points must be real numbers, got {array.dtype}")
+    array = as_reals(points, "points")
     if array.ndim < 2 or 0 in array.shape[1:]:
         raise ValueError(f"points must have shape [n, ...] with at least one number each, got {list(array.shape)}")
     _check_rows(array, n, "points", "codes")

@@ -31,11 +31,6 @@ def restorer(values: Any) -> Callable[[np.ndarray], Any]:
     return lambda result: torch.from_numpy(result).to(device=values.device, dtype=dtype)
 
 
-def from_tensor(values: Any) -> tuple[Any, Callable[[np.ndarray], Any]]:
-    """Return a tensor as an array, and a function that makes results what was given: else both leave things alone."""
-    return to_array(values), restorer(values)
-
-
 def like(values: Any, points: Any) -> Any:
     """Return values as points are: an array or a tensor of their dtype, where they lie."""
     if isinstance(points, Tensor):

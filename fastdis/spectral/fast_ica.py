@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from fastdis.spectral._arrays import from_tensor
+from fastdis.spectral._arrays import restorer, to_array
 
 INDEPENDENT = 1e-6  # of the largest deviation: below it a direction is rounding
 Contrast = tuple[Callable[[np.ndarray], np.ndarray], float, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]]
@@ -128,8 +128,7 @@ class FastICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             A number is NaN or infinite; a parameter is out of range; or data vary in fewer directions than components
             are wanted.
         """
-        X, _ = from_tensor(X)
-        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        X = validate_data(self, to_array(X), dtype=np.float64, ensure_min_samples=2)
         if self.contrast not in CONTRASTS:
             raise ValueError(f"contrast must be one of {', '.join(CONTRASTS)}, got {self.contrast!r}")
         for name in ("restarts", "max_iter"):
@@ -168,9 +167,8 @@ class FastICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             Of variance 1 on the data that were fitted.
         """
         check_is_fitted(self)
-        X, restore = from_tensor(X)
-        X = validate_data(self, X, dtype=np.float64, reset=False)
-        return restore((X - self.mean_) @ self.components_.T)
+        points = validate_data(self, to_array(X), dtype=np.float64, reset=False)
+        return restorer(X)((points - self.mean_) @ self.components_.T)
 
     def inverse_transform(self, X: Any) -> Any:
         """Return data that have given components.
@@ -186,8 +184,7 @@ class FastICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             The nearest data of those that components of the fit span.
         """
         check_is_fitted(self)
-        X, restore = from_tensor(X)
-        return restore(np.asarray(X, np.float64) @ self.mixing_.T + self.mean_)
+        return restorer(X)(np.asarray(to_array(X), np.float64) @ self.mixing_.T + self.mean_)
 
     def score(self, X: Any, y: object = None) -> float:
         """Return how far from Gaussian the components of data are, J.
@@ -205,7 +202,7 @@ class FastICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             0 for Gaussian data, and positive otherwise.
         """
         G, of_gaussian, _ = CONTRASTS[self.contrast]
-        components, _ = from_tensor(self.transform(X))
+        components = to_array(self.transform(X))
         return float(np.square(G(components).mean(axis=0) - of_gaussian).sum())
 
     def _whiten(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
