@@ -218,10 +218,10 @@ class Results:
         with atomic_path(self.path) as temporary:
             temporary.write_text(json.dumps({"settings": self.settings, "runs": self.runs}, indent=1) + "\n")
 
-    def scores(self, case: str, method: str, score: str) -> np.ndarray:
-        """Return a score of a method on a manifold, one of each seed."""
-        runs = (run for run in self.runs if run["manifold"] == case and method in run["scores"])
-        return np.array([run["scores"][method][score] for run in runs])
+    def scores(self, case: str, method: str, score: str, seeds: int) -> np.ndarray:
+        """Return a score of a method on a manifold, one of each seed below a number."""
+        runs = (run for run in self.runs if run["manifold"] == case and run["seed"] < seeds)
+        return np.array([run["scores"][method][score] for run in runs if method in run["scores"]])
 
 
 def _run_all(work: Sequence[Item], jobs: int, steps: int, points: int | None) -> Iterator[tuple[Item, dict[str, Any]]]:
@@ -323,12 +323,13 @@ def _report(results: Results, cases: list[Case], methods: list[str], seeds: int)
     for wanted in (True, False):
         group = [case for case in cases if case.identifiable is wanted]
         for case in group:
-            found = [results.scores(case.name, method, "mcc") for method in methods]
+            found = [results.scores(case.name, method, "mcc", seeds) for method in methods]
             distortion = next(run["distortion"] for run in results.runs if run["manifold"] == case.name)
             cells = [f"{x.mean():.3f} ± {x.std():.3f} ({x.min():.3f})" for x in found]
             table.add_row(case.name, f"{distortion:.2f}", *cells)
         for score in SCORES if group and wanted else ():
-            means = [np.mean([results.scores(case.name, method, score).mean() for case in group]) for method in methods]
+            scores = [[results.scores(case.name, method, score, seeds).mean() for case in group] for method in methods]
+            means = np.mean(scores, axis=1)
             table.add_row(f"mean {score}, isometric", "", *(f"{mean:.3f}" for mean in means), style="bold")
         table.add_section()
     Console(width=max(Console().width, 60 + 24 * len(methods))).print(table)

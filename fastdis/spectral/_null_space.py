@@ -41,7 +41,7 @@ def null_space(matrix: Any, d: int, device: torch.device | None = None) -> tuple
         Orthonormal, and orthogonal to constants; smallest eigenvalue first, of either sign: the entry of each that is
         largest in size is positive.
     values : ndarray of float64, [d + 1]
-        In rising order; the last, which is not wanted, from above, and to about a tenth.
+        In rising order; the last, which is not wanted, is bounded from above only.
 
     Warns
     -----

@@ -56,7 +56,7 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         Coordinates of the points fitted: uncorrelated, of mean 0 and variance 1, the smoothest first.
     eigenvalues_ : ndarray of float64, [d + 1]
         Of M, but for that of constants. A manifold that is flat and of the dimension given has d that are much smaller
-        than the last, which is known to about a tenth.
+        than the last, of which this is an upper bound.
     n_neighbors_ : int
         k.
     n_features_in_ : int

@@ -58,6 +58,12 @@ def test_results_picture_and_table(tmp_path, capsys):
     assert (out / "results.json").read_bytes() == before
     assert reproduce(out, *TORI, "--spectral-only", "--seeds", "2", "--jobs", "2") == 0
     assert len(json.loads((out / "results.json").read_text())["runs"]) == len(results["runs"]) + 4
+    capsys.readouterr()
+    # A table of one seed has nothing of the second: all deviations are 0.
+    assert reproduce(out, *TORI) == 0
+    again = capsys.readouterr().out
+    assert "of 1 seeds" in again
+    assert again.count("± 0.000") == again.count("±") - 1 == 2 * len(METHODS)
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path, capsys):

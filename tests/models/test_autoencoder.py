@@ -90,6 +90,21 @@ def test_penalty_is_that_of_the_decoder_at_mixed_codes(kind):
     torch.testing.assert_close(terms["loss"], plain + 0.7 * terms["isometry"])
 
 
+@pytest.mark.parametrize("isometry", ["conformal", "i_ae"])
+def test_penalty_of_convolutions(isometry):
+    torch.manual_seed(0)
+    model = Autoencoder(2, (1, 32, 32), hidden=None, isometry=isometry, mixup=0.0)
+    x = torch.rand(1, 1, 32, 32).expand(3, -1, -1, -1)
+    terms = model.loss(x, generator=seeded())
+    terms["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    if isometry == "conformal":
+        G = grams(model, model(x).detach())
+        trace = G.diagonal(dim1=1, dim2=2).sum(dim=1)
+        expected = (G.square().sum(dim=(1, 2)) - trace**2 / 2).mean()
+        torch.testing.assert_close(terms["isometry"], expected, rtol=1e-3, atol=0)
+
+
 def test_mixtures_reach_beyond_the_codes():
     model = Autoencoder(2, (3,), **SMALL, isometry="isometry", mixup=0.5)
     z = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).repeat(500, 1)
