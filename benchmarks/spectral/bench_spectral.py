@@ -108,7 +108,7 @@ def test_against_scikit_learn(benchmark, case: Case):
     benchmark.pedantic(one, rounds=1, iterations=1)
     threads = min(seconds, key=lambda count: median(seconds[count]))
     benchmark.extra_info.update(
-        case="HessianEigenmap ltsa", on=case.name, ours_seconds=median(ours), reference_seconds=median(seconds[threads]),
-        ratio=median(seconds[threads]) / median(ours), score=angle, reference_threads=threads,
-        target=case.target,
+        case="HessianEigenmap ltsa", on=case.name, ours_seconds=median(ours),
+        reference_seconds=median(seconds[threads]), ratio=median(seconds[threads]) / median(ours), score=angle,
+        reference_threads=threads, target=case.target,
     )  # fmt: skip
