@@ -8,6 +8,8 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <memory>
+#include <utility>
 
 #include "host/neighbourhoods.h"
 
@@ -52,17 +54,14 @@ Array<double> squared_distances(const Array<T>& points, const Array<T>& queries,
 }
 
 template <class T>
-Array<double> local_grams(const Array<T>& points, const Array<T>& centres, const Indices& neighbours, int threads) {
-  check_that(points.ndim() == 2 && centres.ndim() == 2 && points.shape(1) == centres.shape(1),
-             "points must be [n, D], and centres [m, D]");
-  check_that(neighbours.ndim() == 2 && neighbours.shape(0) == centres.shape(0) && neighbours.shape(1) >= 1,
-             "neighbours must be [m, k]");
+Array<double> local_grams(const Array<T>& points, const Indices& neighbours, int threads) {
+  check_that(points.ndim() == 2, "points must be [n, D]");
+  check_that(neighbours.ndim() == 2 && neighbours.shape(1) >= 1, "neighbours must be [m, k]");
   const py::ssize_t m = neighbours.shape(0), k = neighbours.shape(1);
   Array<double> grams({m, k, k});
   double* to = grams.mutable_data();
   const py::gil_scoped_release release;
-  fastdis::host::local_grams<T>(points.data(), points.shape(0), points.shape(1), centres.data(), m, neighbours.data(),
-                                k, to, threads);
+  fastdis::host::local_grams<T>(points.data(), points.shape(0), points.shape(1), neighbours.data(), m, k, to, threads);
   return grams;
 }
 
@@ -97,9 +96,14 @@ py::tuple hessian_bases(const Array<double>& vectors, int threads) {
   return py::make_tuple(bases, full);
 }
 
+// An array that keeps what a vector held.
 template <class T>
-Array<T> array_of(const std::vector<T>& from) {
-  return Array<T>(static_cast<py::ssize_t>(from.size()), from.data());
+Array<T> array_of(std::vector<T>&& from) {
+  auto kept = std::make_unique<std::vector<T>>(std::move(from));
+  std::vector<T>* values = kept.get();
+  const py::capsule owner(values, [](void* vector) { delete static_cast<std::vector<T>*>(vector); });
+  kept.release();
+  return Array<T>(static_cast<py::ssize_t>(values->size()), values->data(), owner);
 }
 
 // (starts [n + 1], columns, values)
@@ -113,7 +117,8 @@ py::tuple alignment(const Indices& neighbours, const Array<double>& bases, int64
     rows = fastdis::host::alignment(neighbours.data(), bases.data(), neighbours.shape(0), n, neighbours.shape(1),
                                     bases.shape(2), complement, threads);
   }
-  return py::make_tuple(array_of(rows.starts), array_of(rows.columns), array_of(rows.values));
+  return py::make_tuple(array_of(std::move(rows.starts)), array_of(std::move(rows.columns)),
+                        array_of(std::move(rows.values)));
 }
 
 }  // namespace
@@ -124,10 +129,8 @@ void bind_neighbourhoods(py::module_& m) {
         py::arg("candidates"), py::arg("threads"));
   m.def("squared_distances", &squared_distances<double>, py::arg("points").noconvert(), py::arg("queries").noconvert(),
         py::arg("candidates"), py::arg("threads"));
-  m.def("local_grams", &local_grams<float>, py::arg("points").noconvert(), py::arg("centres").noconvert(),
-        py::arg("neighbours"), py::arg("threads"));
-  m.def("local_grams", &local_grams<double>, py::arg("points").noconvert(), py::arg("centres").noconvert(),
-        py::arg("neighbours"), py::arg("threads"));
+  m.def("local_grams", &local_grams<float>, py::arg("points").noconvert(), py::arg("neighbours"), py::arg("threads"));
+  m.def("local_grams", &local_grams<double>, py::arg("points").noconvert(), py::arg("neighbours"), py::arg("threads"));
   m.def("leading_vectors", &leading_vectors, py::arg("grams"), py::arg("d"), py::arg("threads"));
   m.def("hessian_bases", &hessian_bases, py::arg("vectors"), py::arg("threads"));
   m.def("alignment", &alignment, py::arg("neighbours"), py::arg("bases"), py::arg("n"), py::arg("complement"),

@@ -11,6 +11,7 @@
 #include "../core/isa.h"
 #include "../core/threads.h"
 #include "classes.h"
+#include "ordered_set.h"
 
 namespace fastdis::host {
 
@@ -73,56 +74,6 @@ struct Distances {
   }
 };
 
-// Adds to gram [k, k], its upper triangle, what dimensions `first` to `first + length` give; length is at most `chunk`,
-// which is the length of the rows of `differences` [k, chunk].
-template <class T>
-struct LocalGram {
-  template <class Isa>
-  static FASTDIS_INLINE void run(const T* points, int64_t D, const T* centre, const int64_t* neighbours, int64_t k,
-                                 int64_t first, int64_t length, T* differences, double* gram) {
-    constexpr int tile = pair_tile<Isa>;
-    constexpr int lanes = Isa::vector_bytes / sizeof(T);
-    alignas(64) T sums[tile * tile * lanes], totals[tile * tile];
-    const int64_t whole = padded(length, column_pad<T>);
-    for (int64_t a = 0; a < k; ++a) {
-      const T* from = points + neighbours[a] * D + first;
-      T* to = differences + a * chunk;
-#pragma omp simd
-      for (int64_t j = 0; j < length; ++j) to[j] = from[j] - centre[first + j];
-      for (int64_t j = length; j < whole; ++j) to[j] = 0;
-    }
-    for (int64_t a = 0; a < k; a += tile) {
-      for (int64_t b = a; b < k; b += tile) {
-        std::fill_n(sums, tile * tile * lanes, T(0));
-        multiply_pairs<Isa, T, tile>(differences, chunk, whole, a, b, k, sums);
-        sum_lanes<Isa, T, tile * tile>(sums, totals);
-        for (int64_t i = 0; i < std::min<int64_t>(tile, k - a); ++i) {
-          for (int64_t j = 0; j < std::min<int64_t>(tile, k - b); ++j)
-            gram[(a + i) * k + b + j] += static_cast<double>(totals[i * tile + j]);
-        }
-      }
-    }
-  }
-};
-
-// Fills in the lower triangle of a Gram matrix, and subtracts what the mean of its points contributes.
-void centre_gram(double* gram, int64_t k, double* means) {
-  for (int64_t a = 0; a < k; ++a) {
-    for (int64_t b = 0; b < a; ++b) gram[a * k + b] = gram[b * k + a];
-  }
-  double grand = 0;
-  for (int64_t a = 0; a < k; ++a) {
-    double sum = 0;
-    for (int64_t b = 0; b < k; ++b) sum += gram[a * k + b];
-    means[a] = sum / static_cast<double>(k);
-    grand += means[a];
-  }
-  grand /= static_cast<double>(k);
-  for (int64_t a = 0; a < k; ++a) {
-    for (int64_t b = 0; b < k; ++b) gram[a * k + b] += grand - means[a] - means[b];
-  }
-}
-
 // Makes rows [count, length] orthonormal, twice, so that what rounding leaves the first time is gone; returns the
 // smallest share of a row's length that was left.
 FASTDIS_INLINE double orthonormalize(double* rows, int64_t count, int64_t length) {
@@ -151,44 +102,52 @@ FASTDIS_INLINE double orthonormalize(double* rows, int64_t count, int64_t length
   return least;
 }
 
-// Eigenvalues and vectors (as columns) of a symmetric matrix [r, r], by rotations (Jacobi); largest first.
-FASTDIS_INLINE void jacobi(double* matrix, int64_t r, double* vectors, std::vector<int64_t>& order) {
-  for (int64_t i = 0; i < r * r; ++i) vectors[i] = i % (r + 1) == 0 ? 1.0 : 0.0;
-  for (int sweep = 0; sweep < 30; ++sweep) {
-    double off = 0, on = 0;
-    for (int64_t i = 0; i < r; ++i) {
-      on += matrix[i * r + i] * matrix[i * r + i];
-      for (int64_t j = 0; j < i; ++j) off += matrix[i * r + j] * matrix[i * r + j];
-    }
-    if (off <= 1e-34 * on) break;
+FASTDIS_INLINE void rotate(double* first, double* second, int64_t length, double c, double s) {
+#pragma omp simd
+  for (int64_t j = 0; j < length; ++j) {
+    const double x = first[j], y = second[j];
+    first[j] = c * x - s * y;
+    second[j] = s * x + c * y;
+  }
+}
+
+// Eigenvalues and vectors (as rows) of a symmetric matrix [r, r], by rotations (Jacobi); `order` puts the largest
+// first. Rows of both are `row` long, a multiple of column_pad, and zero past r.
+FASTDIS_INLINE void jacobi(double* matrix, int64_t r, int64_t row, double* vectors, std::vector<int64_t>& order) {
+  std::fill_n(vectors, r * row, 0.0);
+  double square = 0;
+  for (int64_t i = 0; i < r; ++i) {
+    vectors[i * row + i] = 1.0;
+    for (int64_t j = 0; j < r; ++j) square += matrix[i * row + j] * matrix[i * row + j];
+  }
+  const double least = 1e-34 * square / static_cast<double>(r * r);
+  bool turning = true;
+  for (int sweep = 0; sweep < 30 && turning; ++sweep) {
+    turning = false;
     for (int64_t p = 0; p < r; ++p) {
       for (int64_t q = p + 1; q < r; ++q) {
-        const double apq = matrix[p * r + q];
-        if (apq == 0) continue;
-        const double theta = (matrix[q * r + q] - matrix[p * r + p]) / (2 * apq);
+        double *first = matrix + p * row, *second = matrix + q * row;
+        const double app = first[p], aqq = second[q], apq = first[q];
+        if (apq * apq <= least) continue;
+        turning = true;
+        const double theta = (aqq - app) / (2 * apq);
         const double t = (theta >= 0 ? 1.0 : -1.0) / (std::abs(theta) + std::sqrt(theta * theta + 1));
         const double c = 1 / std::sqrt(t * t + 1), s = t * c;
+        rotate(first, second, row, c, s);
+        rotate(vectors + p * row, vectors + q * row, row, c, s);
+        first[p] = app - t * apq;
+        second[q] = aqq + t * apq;
+        first[q] = second[p] = 0;
         for (int64_t j = 0; j < r; ++j) {
-          const double x = matrix[j * r + p], y = matrix[j * r + q];
-          matrix[j * r + p] = c * x - s * y;
-          matrix[j * r + q] = s * x + c * y;
-        }
-        for (int64_t j = 0; j < r; ++j) {
-          const double x = matrix[p * r + j], y = matrix[q * r + j];
-          matrix[p * r + j] = c * x - s * y;
-          matrix[q * r + j] = s * x + c * y;
-        }
-        for (int64_t j = 0; j < r; ++j) {
-          const double x = vectors[j * r + p], y = vectors[j * r + q];
-          vectors[j * r + p] = c * x - s * y;
-          vectors[j * r + q] = s * x + c * y;
+          matrix[j * row + p] = first[j];
+          matrix[j * row + q] = second[j];
         }
       }
     }
   }
   for (int64_t i = 0; i < r; ++i) order[i] = i;
   std::stable_sort(order.begin(), order.begin() + r,
-                   [&](int64_t a, int64_t b) { return matrix[a * r + a] > matrix[b * r + b]; });
+                   [&](int64_t a, int64_t b) { return matrix[a * row + a] > matrix[b * row + b]; });
 }
 
 // Subspace iteration with Rayleigh-Ritz steps on one matrix, on more vectors than are wanted: what is wanted converges
@@ -204,8 +163,9 @@ class Leading {
         v_(padded(r_, row_pad) * row_),
         w_(v_.size()),
         turned_(v_.size()),
-        small_(r_ * r_),
-        turn_(r_ * r_),
+        small_row_(padded(r_, column_pad<double>)),
+        small_(r_ * small_row_),
+        turn_(small_.size()),
         order_(r_) {}
 
   template <class Isa>
@@ -237,7 +197,7 @@ class Leading {
   }
 
  private:
-  double value(int64_t j) const { return small_[order_[j] * r_ + order_[j]]; }
+  double value(int64_t j) const { return small_[order_[j] * small_row_ + order_[j]]; }
 
   // w = gram v, for every vector.
   template <class Isa>
@@ -255,14 +215,14 @@ class Leading {
         double product = 0;
 #pragma omp simd reduction(+ : product)
         for (int64_t a = 0; a < row_; ++a) product += left[a] * right[a];
-        small_[i * r_ + j] = product;
+        small_[i * small_row_ + j] = product;
+      }
+      for (int64_t j = 0; j < i; ++j) {
+        double &one = small_[i * small_row_ + j], &other = small_[j * small_row_ + i];
+        one = other = 0.5 * (one + other);
       }
     }
-    for (int64_t i = 0; i < r_; ++i) {
-      for (int64_t j = 0; j < i; ++j)
-        small_[i * r_ + j] = small_[j * r_ + i] = 0.5 * (small_[i * r_ + j] + small_[j * r_ + i]);
-    }
-    jacobi(small_.data(), r_, turn_.data(), order_);
+    jacobi(small_.data(), r_, small_row_, turn_.data(), order_);
     turn(v_);
     turn(w_);
     // A residual turns the wanted subspace by its length over the gap, so it is the gap that it is measured with.
@@ -284,7 +244,7 @@ class Leading {
     for (int64_t i = 0; i < r_; ++i) {
       double* to = turned_.data() + i * row_;
       for (int64_t j = 0; j < r_; ++j) {
-        const double factor = turn_[j * r_ + order_[i]], *from = rows.data() + j * row_;
+        const double factor = turn_[order_[i] * small_row_ + j], *from = rows.data() + j * row_;
 #pragma omp simd
         for (int64_t a = 0; a < row_; ++a) to[a] += factor * from[a];
       }
@@ -294,7 +254,8 @@ class Leading {
 
   int64_t k_, d_, r_, row_;
   Buffer<double> gram_, v_, w_, turned_;
-  std::vector<double> small_, turn_;
+  int64_t small_row_;
+  Buffer<double> small_, turn_;
   std::vector<int64_t> order_;
 };
 
@@ -334,6 +295,22 @@ struct HessianBases {
   }
 };
 
+// Row `own` of the projector onto the rows of `vectors` [r, k], which are orthonormal, or of what that leaves of the
+// identity.
+struct ProjectorRow {
+  template <class Isa>
+  static FASTDIS_INLINE void run(const double* vectors, int64_t r, int64_t k, int64_t own, bool complement,
+                                 double* products) {
+    std::fill_n(products, k, 0.0);
+    for (int64_t c = 0; c < r; ++c) {
+      const double factor = complement ? -vectors[c * k + own] : vectors[c * k + own];
+#pragma omp simd
+      for (int64_t b = 0; b < k; ++b) products[b] += factor * vectors[c * k + b];
+    }
+    if (complement) products[own] += 1.0;
+  }
+};
+
 }  // namespace
 
 void smallest(const float* values, int64_t n, const int64_t* rows, int64_t m, int64_t count, int64_t* columns,
@@ -364,35 +341,10 @@ void squared_distances(const T* points, int64_t n, int64_t D, const T* queries, 
   }
 }
 
-template <class T>
-void local_grams(const T* points, int64_t n, int64_t D, const T* centres, int64_t m, const int64_t* neighbours,
-                 int64_t k, double* grams, int threads) {
-  check_below(neighbours, m * k, n);
-  std::fill_n(grams, m * k * k, 0.0);
-  // As above.
-  for (int64_t first = 0; first < D; first += chunk) {
-    const int64_t length = std::min(chunk, D - first);
-    parallel_ranges(m, 8, threads, [&](int64_t begin, int64_t end) {
-      Buffer<T> differences(k * chunk);
-      for (int64_t q = begin; q < end; ++q) {
-        multiversion<LocalGram<T>>(points, D, centres + q * D, neighbours + q * k, k, first, length, differences.data(),
-                                   grams + q * k * k);
-      }
-    });
-  }
-  parallel_ranges(m, 64, threads, [&](int64_t begin, int64_t end) {
-    std::vector<double> means(k);
-    for (int64_t q = begin; q < end; ++q) centre_gram(grams + q * k * k, k, means.data());
-  });
-}
-
 template void squared_distances(const float*, int64_t, int64_t, const float*, int64_t, const int64_t*, int64_t, double*,
                                 int);
 template void squared_distances(const double*, int64_t, int64_t, const double*, int64_t, const int64_t*, int64_t,
                                 double*, int);
-template void local_grams(const float*, int64_t, int64_t, const float*, int64_t, const int64_t*, int64_t, double*, int);
-template void local_grams(const double*, int64_t, int64_t, const double*, int64_t, const int64_t*, int64_t, double*,
-                          int);
 
 void leading_vectors(const double* grams, int64_t m, int64_t k, int64_t d, double* vectors, double* values,
                      bool* settled, int threads) {
@@ -407,16 +359,29 @@ void hessian_bases(const double* vectors, int64_t m, int64_t k, int64_t d, doubl
   });
 }
 
-SparseRows alignment(const int64_t* neighbours, const double* bases, int64_t m, int64_t n, int64_t k, int64_t r,
-                     bool complement, int threads) {
+Occurrences occurrences(const int64_t* neighbours, int64_t m, int64_t k, int64_t n) {
   check_below(neighbours, m * k, n);
   if (n > INT32_MAX) throw std::out_of_range("there must be fewer than 2**31 points");
   if (m * k > UINT32_MAX) throw std::out_of_range("there must be fewer than 2**32 neighbours");
-  // Where each point is a neighbour, in rising order of whose.
-  const std::vector<int32_t> points(neighbours, neighbours + m * k);
-  std::vector<uint32_t> places(m * k);
-  std::vector<int64_t> starts(n + 1);
-  group_rows(points.data(), m * k, static_cast<int32_t>(n), places.data(), starts.data());
+  Occurrences where;
+  where.points.assign(neighbours, neighbours + m * k);
+  where.places.resize(m * k);
+  where.starts.resize(n + 1);
+  group_rows(where.points.data(), m * k, static_cast<int32_t>(n), where.places.data(), where.starts.data());
+  return where;
+}
+
+SparseRows alignment(const int64_t* neighbours, const double* bases, int64_t m, int64_t n, int64_t k, int64_t r,
+                     bool complement, int threads) {
+  const Occurrences where = occurrences(neighbours, m, k, n);
+  std::vector<double> vectors(m * r * k);  // of each basis one after the other
+  parallel_ranges(m, 64, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q) {
+      for (int64_t c = 0; c < r; ++c) {
+        for (int64_t b = 0; b < k; ++b) vectors[(q * r + c) * k + b] = bases[(q * k + b) * r + c];
+      }
+    }
+  });
 
   // A row at a time: its columns are few, but scattered.
   constexpr int64_t at_once = 64;
@@ -427,33 +392,25 @@ SparseRows alignment(const int64_t* neighbours, const double* bases, int64_t m, 
   result.starts.assign(n + 1, 0);
   parallel_ranges(pieces, 1, threads, [&](int64_t begin, int64_t end) {
     std::vector<double> sums(n, 0.0), products(k);
-    std::vector<bool> seen(n, false);
-    std::vector<int32_t> touched;
+    OrderedSet touched(n);
     for (int64_t piece = begin; piece < end; ++piece) {
       for (int64_t row = piece * at_once; row < std::min(n, (piece + 1) * at_once); ++row) {
-        touched.clear();
-        for (int64_t i = starts[row]; i < starts[row + 1]; ++i) {
-          const int64_t q = places[i] / k, own = places[i] % k;
-          const double *basis = bases + q * k * r, *mine = basis + own * r;
+        for (int64_t i = where.starts[row]; i < where.starts[row + 1]; ++i) {
+          const int64_t q = where.places[i] / k, own = where.places[i] % k;
+          multiversion<ProjectorRow>(vectors.data() + q * r * k, r, k, own, complement, products.data());
+          const int32_t* near = where.points.data() + q * k;
           for (int64_t b = 0; b < k; ++b) {
-            double product = 0;
-            for (int64_t c = 0; c < r; ++c) product += mine[c] * basis[b * r + c];
-            const int64_t column = neighbours[q * k + b];
-            if (!seen[column]) {
-              seen[column] = true;
-              touched.push_back(static_cast<int32_t>(column));
-            }
-            sums[column] += complement ? (b == own ? 1.0 : 0.0) - product : product;
+            touched.add(near[b]);
+            sums[near[b]] += products[b];
           }
         }
-        std::sort(touched.begin(), touched.end());
-        for (const int32_t column : touched) {
-          columns[piece].push_back(column);
+        const std::size_t before = columns[piece].size();
+        touched.drain([&](int64_t column) {
+          columns[piece].push_back(static_cast<int32_t>(column));
           values[piece].push_back(sums[column]);
           sums[column] = 0.0;
-          seen[column] = false;
-        }
-        result.starts[row + 1] = static_cast<int64_t>(touched.size());
+        });
+        result.starts[row + 1] = static_cast<int64_t>(columns[piece].size() - before);
       }
     }
   });

@@ -18,12 +18,22 @@ template <class T>
 void squared_distances(const T* points, int64_t n, int64_t D, const T* queries, int64_t m, const int64_t* candidates,
                        int64_t count, double* out, int threads);
 
+// Where each point is a neighbour: of neighbours [m, k] laid out in a row, `points`, those at places[starts[p]] to
+// places[starts[p + 1]] are p; places rise.
+struct Occurrences {
+  std::vector<int32_t> points;
+  std::vector<uint32_t> places;
+  std::vector<int64_t> starts;
+};
+
+// Throws std::out_of_range where a neighbour is not one of n points, or where they are too many to be numbered.
+Occurrences occurrences(const int64_t* neighbours, int64_t m, int64_t k, int64_t n);
+
 // grams[q] [k, k] = the products of all pairs of points[neighbours[q, a]] - mean, the mean being that of these k
-// points. centres [m, D] lie near: differences to them are taken first, so that an offset common to all points costs no
-// digits.
+// points. They come from squared distances between neighbours, so that an offset common to all points costs no digits.
 template <class T>
-void local_grams(const T* points, int64_t n, int64_t D, const T* centres, int64_t m, const int64_t* neighbours,
-                 int64_t k, double* grams, int threads);
+void local_grams(const T* points, int64_t n, int64_t D, const int64_t* neighbours, int64_t m, int64_t k, double* grams,
+                 int threads);
 
 // Of every symmetric positive semidefinite grams[q] [k, k] the eigenvectors of the d largest eigenvalues, largest
 // first, in vectors [m, k, d], and the d + 1 largest eigenvalues in values [m, d + 1]. settled[q] says whether they are

@@ -59,20 +59,19 @@ def squared_distances(points: Tensor, queries: Tensor, candidates: np.ndarray | 
 
 
 @full_precision()
-def local_grams(points: Tensor, centres: Tensor, neighbours: np.ndarray | Tensor) -> Tensor:
+def local_grams(points: Tensor, neighbours: np.ndarray | Tensor) -> Tensor:
     """Return the products of all pairs of neighbours less their mean, float64 [m, k, k].
 
-    Differences to ``centres`` [m, D], which lie near the neighbours, are taken first: an offset costs no digits.
+    Differences to the first neighbour are taken first: an offset costs no digits.
     """
     neighbours = torch.as_tensor(neighbours, device=points.device)
     (m, k), D = neighbours.shape, points.shape[1]
     grams = points.new_zeros((m, k, k), dtype=torch.float64)
     at_once = max(1, BLOCK_BYTES // (k * min(D, CHUNK) * points.element_size()))
-    blocks = (x.split(at_once) for x in (grams, centres, neighbours))
-    for gram, near, rows in zip(*blocks, strict=True):
+    for gram, rows in zip(grams.split(at_once), neighbours.split(at_once), strict=True):
         for first in range(0, D, CHUNK):
-            part = slice(first, first + CHUNK)
-            apart = points[:, part][rows].sub_(near[:, None, part])
+            near = points[:, first : first + CHUNK][rows]
+            apart = near - near[:, :1]
             gram += apart @ apart.mT
     grams -= grams.mean(dim=1, keepdim=True)
     grams -= grams.mean(dim=2, keepdim=True)

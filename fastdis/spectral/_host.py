@@ -45,22 +45,22 @@ def squared_distances_numpy(points: np.ndarray, queries: np.ndarray, candidates:
     return np.array(rows).reshape(candidates.shape)
 
 
-def local_grams(points: np.ndarray, centres: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+def local_grams(points: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     """Return the products of all pairs of neighbours less their mean, float64 [m, k, k].
 
-    Differences to ``centres`` [m, D], which lie near the neighbours, are taken first: an offset costs no digits.
+    Only differences between neighbours are computed with: an offset costs no digits.
     """
     if extension is None:
-        return local_grams_numpy(points, centres, neighbours)
-    return extension.local_grams(points, centres, neighbours, torch.get_num_threads())
+        return local_grams_numpy(points, neighbours)
+    return extension.local_grams(points, neighbours, torch.get_num_threads())
 
 
-def local_grams_numpy(points: np.ndarray, centres: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+def local_grams_numpy(points: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     """Return what :func:`local_grams` returns."""
     m, k = neighbours.shape
     grams = np.empty((m, k, k))
-    for gram, centre, row in zip(grams, centres, neighbours, strict=True):
-        apart = (points[row] - centre).astype(np.float64)
+    for gram, row in zip(grams, neighbours, strict=True):
+        apart = (points[row] - points[row[0]]).astype(np.float64)
         apart -= apart.mean(axis=0)
         gram[:] = apart @ apart.T
     return grams

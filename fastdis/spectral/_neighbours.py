@@ -37,7 +37,7 @@ class NeighbourSearch:
     @_device.full_precision()
     def __init__(self, points: Any) -> None:
         self.points = points
-        self.mean = points.mean(axis=0)
+        self.mean = torch.as_tensor(points).mean(dim=0)
         n, D = points.shape
         self.directions = None
         if min(n, D) > 2 * PROJECTED:
@@ -46,7 +46,7 @@ class NeighbourSearch:
             mixing -= mixing.mean(dim=0)  # sums of deviations from the mean, without forming these
             mixtures = self._single(points).T @ self._single(mixing)
             self.directions = torch.linalg.qr(mixtures).Q
-        self.low = self._project(points)
+        self.low, self.beyond = self._project(points)
         self.squares = self.low.square().sum(dim=1)
 
     @property
@@ -62,7 +62,7 @@ class NeighbourSearch:
         Queries are what points are, an array or a tensor; results are arrays.
         """
         themselves = queries is None
-        low = self.low if themselves else self._project(queries)
+        low = self.low if themselves else self._project(queries)[0]
         queries = self.points if themselves else queries
         found, apart = np.empty((len(queries), k), np.int64), np.empty((len(queries), k))
         for start, bounds, slack in self._blocks(low, themselves):
@@ -79,8 +79,7 @@ class NeighbourSearch:
         nearest from all others, no distance in all dimensions is computed.
         """
         n = len(self.points)
-        beyond = self._beyond()
-        reach = to_array((beyond + beyond.max()).square())
+        reach = to_array((self.beyond + self.beyond.max()).square())
         found, crowded = np.empty((n, k), np.int64), np.empty(n, bool)
         for start, bounds, slack in self._blocks(self.low, True):
             part = slice(start, start + len(slack))
@@ -132,22 +131,22 @@ class NeighbourSearch:
             count = min(others, 2 * count)
         return found[rows], apart[rows]
 
-    def _beyond(self) -> torch.Tensor:
-        """Return how far each point lies from the mean outside of the few directions, float32 [n]."""
-        beyond = torch.zeros(len(self.low), device=self.low.device)
-        if self.directions is not None:
-            mean = self._single(self.mean)
-            at_once = max(1, BLOCK_BYTES // (4 * len(mean)))
-            for start in range(0, len(beyond), at_once):
-                part = slice(start, start + at_once)
-                rest = torch.addmm(self._single(self.points[part]) - mean, self.low[part], self.directions.T, alpha=-1)
-                beyond[part] = rest.norm(dim=1)
-        return beyond
-
-    def _project(self, points: Any) -> torch.Tensor:
+    def _project(self, points: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where points lie in the few directions, float32 [n, r], and how far outside of them at most, [n]."""
+        n, D = points.shape
         if self.directions is None:
-            return self._single(points - self.mean)
-        return self._single(points) @ self.directions - self._single(self.mean) @ self.directions
+            return self._single(torch.as_tensor(points) - self.mean), torch.zeros(n, device=self.mean.device)
+        low = torch.empty(n, PROJECTED, device=self.mean.device)
+        beyond = torch.empty(n, device=self.mean.device)
+        at_once = max(1, BLOCK_BYTES // (4 * D))
+        for start in range(0, n, at_once):
+            part = slice(start, start + at_once)
+            apart = self._single(torch.as_tensor(points[part]) - self.mean)
+            torch.mm(apart, self.directions, out=low[part])
+            squares = apart.square().sum(dim=1)
+            # What rounding may have taken away is added.
+            beyond[part] = (squares - low[part].square().sum(dim=1)).clamp_(min=0).add_(1e-6 * squares).sqrt_()
+        return low, beyond
 
     def _single(self, values: Any) -> torch.Tensor:
         """Return values as a float32 tensor, where the points lie."""
@@ -183,7 +182,7 @@ class ApproximateSearch(NeighbourSearch):
         """Return what the k nearest points of each query probably are, and their squared distances."""
         themselves = queries is None
         queries = self.points if queries is None else queries
-        low = self.low if themselves else self._project(queries)
+        low = self.low if themselves else self._project(queries)[0]
         count = min(len(self.points), k + 8 + k // 8)
         self._index.hnsw.efSearch = 2 * count
         found = self._index.search(low.numpy(), count)[1]

@@ -55,16 +55,17 @@ def null_space(matrix: Any, d: int, device: torch.device | None = None) -> tuple
     n = matrix.shape[0]
     solve = _solver(matrix, device)
     width = min(n - 1, d + max(4, d // 2))
-    vectors = np.random.default_rng(0).standard_normal((n, width))
-    vectors = _orthonormal(vectors)
+    vectors = _orthonormal(np.random.default_rng(0).standard_normal((n, width)))
     wanted = vectors[:, :d]
     values = np.zeros(width)
     gap = min(d, width - 1)
     for _ in range(MOST_ROUNDS):
-        vectors = _orthonormal(solve(vectors))
+        images = solve(vectors)
         before = values[gap]
-        values, turn = np.linalg.eigh(vectors.T @ (matrix @ vectors))
-        vectors = vectors @ turn
+        # Where the inverse stretches most comes first; these are the inverse's eigenvalues, of vectors without means.
+        stretch, turn = np.linalg.eigh(vectors.T @ images)
+        values = 1 / stretch[::-1]
+        vectors = _orthonormal(images @ turn[:, ::-1])
         # The sine of the largest angle between the last subspace and this.
         change = np.linalg.norm(wanted - vectors[:, :d] @ (vectors[:, :d].T @ wanted), 2)
         wanted = vectors[:, :d]
@@ -77,6 +78,8 @@ def null_space(matrix: Any, d: int, device: torch.device | None = None) -> tuple
             ConvergenceWarning,
             stacklevel=4,
         )
+    values, turn = np.linalg.eigh(vectors.T @ (matrix @ vectors))  # without what made the matrix definite
+    wanted = vectors @ turn[:, :d]
     largest = np.abs(wanted).argmax(axis=0)
     signs = np.where(wanted[largest, np.arange(d)] < 0, -1.0, 1.0)
     return wanted * signs, np.append(values, np.inf)[: d + 1]
@@ -114,7 +117,8 @@ def _by_least_shift(solver: Callable[[float], Solve], shifts: Sequence[float]) -
 def _dense_solver(matrix: Any, shift: float) -> Solve:
     from scipy import linalg
 
-    shifted = matrix.toarray(order="F")
-    shifted[np.diag_indices(len(shifted))] += shift
-    factor = linalg.cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
+    shifted = matrix.toarray()
+    shifted.flat[:: len(shifted) + 1] += shift
+    # Transposed it is the same, in the order that is factored in place.
+    factor = linalg.cho_factor(shifted.T, lower=True, overwrite_a=True, check_finite=False)
     return lambda b: linalg.cho_solve(factor, b, check_finite=False)

@@ -158,7 +158,7 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         queries = _rescaled(like(self._validated(X, reset=False), points), self._exponent)
         k, d = self.n_neighbors_, self.n_components
         neighbours, squares = self._search.nearest(k, queries)
-        grams = numerics.local_grams(points, queries, neighbours)
+        grams = numerics.local_grams(points, neighbours)
         vectors, values = map(to_array, numerics.leading_vectors(grams, d))
         # Products of the query with its neighbours, less their mean, from distances alone.
         lengths = to_array(grams.diagonal(0, 1, 2))
@@ -202,7 +202,7 @@ class HessianEigenmap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         k = neighbours.shape[1]
 
         points, numerics = search.points, search.numerics
-        frames, values = numerics.leading_vectors(numerics.local_grams(points, points, neighbours), d)
+        frames, values = numerics.leading_vectors(numerics.local_grams(points, neighbours), d)
         values = to_array(values)
         flat = np.flatnonzero(values[:, d - 1] <= INDEPENDENT * values[:, 0])
         if len(flat):

@@ -71,9 +71,9 @@ def test_local_grams(put, monkeypatch, D, k, dtype, block_bytes):
     monkeypatch.setattr(_device, "BLOCK_BYTES", block_bytes)
     points, neighbours = sample(20, D, k, dtype)
     points += 100  # a common offset costs no digits
-    found = array(_device.local_grams(put(points), put(points), neighbours))
+    found = array(_device.local_grams(put(points), neighbours))
     tolerance = 2e-5 if dtype == np.float32 else 1e-10
-    np.testing.assert_allclose(found, _host.local_grams_numpy(points, points, neighbours), atol=tolerance * D)
+    np.testing.assert_allclose(found, _host.local_grams_numpy(points, neighbours), atol=tolerance * D)
     assert np.array_equal(found, found.transpose(0, 2, 1))
     np.testing.assert_allclose(found.sum(axis=2), 0, atol=1e-9 * D)
 
@@ -81,12 +81,12 @@ def test_local_grams(put, monkeypatch, D, k, dtype, block_bytes):
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_products_have_all_digits_whatever_networks_get(put, precision):
     points, neighbours = sample(60, 600, 6, np.float32)
-    expected = _host.local_grams_numpy(points, points, neighbours)
+    expected = _host.local_grams_numpy(points, neighbours)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cuda", enabled=torch.cuda.is_available()):
-            found = array(_device.local_grams(put(points), put(points), neighbours))
+            found = array(_device.local_grams(put(points), neighbours))
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)

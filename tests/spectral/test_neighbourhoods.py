@@ -57,11 +57,41 @@ def test_squared_distances(compiled, D, dtype):
 def test_local_grams(compiled, D, k, dtype):
     points, neighbours = sample(20, D, k, dtype)
     points += 100  # a common offset costs no digits
-    found = compiled("local_grams", points, points, neighbours)
+    found = compiled("local_grams", points, neighbours)
     tolerance = 2e-5 if dtype == np.float32 else 1e-10
-    np.testing.assert_allclose(found, _host.local_grams_numpy(points, points, neighbours), atol=tolerance * D)
+    np.testing.assert_allclose(found, _host.local_grams_numpy(points, neighbours), atol=tolerance * D)
     assert np.array_equal(found, found.transpose(0, 2, 1))
     np.testing.assert_allclose(found.sum(axis=2), 0, atol=1e-9 * D)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("n", "m", "D", "k"), [(600, 600, 5, 7), (600, 50, 5, 12), (600, 1, 5, 4), (9000, 9000, 1000, 2)]
+)
+def test_local_grams_of_any_number_of_neighbourhoods(compiled, n, m, D, k):
+    """Some points are nobody's neighbours; those of the last size do not fit at once."""
+    rng = np.random.default_rng(n)
+    points = rng.standard_normal((n, D)).astype(np.float32)
+    neighbours = rng.integers(0, n, (m, k))  # some twice
+    found = compiled("local_grams", points, neighbours)
+    near = points[neighbours].astype(float)
+    near -= near.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(found, near @ near.transpose(0, 2, 1), atol=2e-6 * D)
+
+
+@needs_extension
+def test_local_grams_of_small_neighbourhoods_beside_large_ones(compiled):
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((200, 40))
+    points[:100] *= 1e-4  # most of these have all near neighbours; the others have some of these among theirs
+    points = points.astype(np.float32)
+    neighbours = np.stack([rng.choice(100 if q < 100 else 200, 8, replace=False) for q in range(200)])
+    near = points[neighbours].astype(float)
+    near -= near.mean(axis=1, keepdims=True)
+    expected = near @ near.transpose(0, 2, 1)
+    found = compiled("local_grams", points, neighbours)
+    scale = np.abs(expected).max(axis=(1, 2), keepdims=True)
+    assert np.abs((found - expected) / scale).max() < 1e-6
 
 
 @needs_extension
@@ -142,7 +172,6 @@ def test_shapes_and_indices_that_do_not_fit_are_refused():
     for call in (
         lambda: _host.squared_distances(points, points[:, 1:].copy(), neighbours),
         lambda: _host.squared_distances(points, points[1:], neighbours),
-        lambda: _host.local_grams(points, points[1:], neighbours),
         lambda: _host.leading_vectors(np.zeros((2, 3, 3)), 3),
         lambda: _host.leading_vectors(np.zeros((2, 3, 4)), 1),
         lambda: _host.alignment(neighbours, bases[1:], 6, complement=True),
@@ -154,7 +183,7 @@ def test_shapes_and_indices_that_do_not_fit_are_refused():
         wrong[3, 1] = bad
         for call in (
             lambda wrong=wrong: _host.squared_distances(points, points, wrong),
-            lambda wrong=wrong: _host.local_grams(points, points, wrong),
+            lambda wrong=wrong: _host.local_grams(points, wrong),
             lambda wrong=wrong: _host.alignment(wrong, bases, 6, complement=False),
         ):
             with pytest.raises(IndexError, match="below n"):
