@@ -55,7 +55,7 @@ struct Chunk {
   int64_t row = 0, count = 0, room;
   Buffer<A> copy;
 
-  Chunk(int64_t latents, int64_t room_) : room(room_), copy(latents * (same ? column_pad<A> : room_)) {}
+  explicit Chunk(int64_t room_) : room(room_) {}
 
   // Reads up to `rest` dimensions; returns how many.
   FASTDIS_INLINE int64_t read(const T* from, int64_t from_row, int64_t latents, int64_t rest) {
@@ -69,6 +69,7 @@ struct Chunk {
     }
     row = same ? column_pad<A> : room;
     count = padded(length, column_pad<A>);
+    copy.resize(latents * row);
     for (int64_t k = 0; k < latents; ++k) {
       const T* source = from + k * from_row;
       A* to = copy.data() + k * row;
@@ -98,7 +99,7 @@ struct GramOfRows {
     constexpr int64_t part = tile * tile * lanes;
     const int64_t tiles = (latents + tile - 1) / tile;
     Buffer<A> sums(tiles * (tiles + 1) / 2 * part);
-    Chunk<T> chunk(latents, chunk_of<A>(latents));
+    Chunk<T> chunk(chunk_of<A>(latents));
     for (int64_t first = 0; first < dimensions;) {
       first += chunk.read(rows + first, row, latents, dimensions - first);
       A* to = sums.data();
@@ -153,17 +154,23 @@ FASTDIS_INLINE void fence_streams() {
 template <class T>
 struct MixRows {
   using A = accumulate_t<T>;
-  static constexpr int tile = 4;
 
   template <class Isa>
   static FASTDIS_INLINE void run(const T* rows, int64_t row, const A* matrix, int64_t latents, int64_t dimensions,
                                  T* to, int64_t to_row, bool stream) {
+    if (latents <= 2) return tiled<Isa, 2>(rows, row, matrix, latents, dimensions, to, to_row, stream);
+    tiled<Isa, 4>(rows, row, matrix, latents, dimensions, to, to_row, stream);
+  }
+
+  template <class Isa, int tile>
+  static FASTDIS_INLINE void tiled(const T* rows, int64_t row, const A* matrix, int64_t latents, int64_t dimensions,
+                                   T* to, int64_t to_row, bool stream) {
     const bool streamed = stream && (reinterpret_cast<uintptr_t>(to) | to_row * sizeof(T)) % 64 == 0;
-    Chunk<T> chunk(latents, chunk_of<A>(2 * latents));
+    Chunk<T> chunk(chunk_of<A>(2 * latents));
     for (int64_t first = 0; first < dimensions;) {
       const int64_t length = chunk.read(rows + first, row, latents, dimensions - first);
       for (int64_t i = 0; i < latents; i += tile) {
-        mix<Isa>(chunk, matrix, latents, i, to + i * to_row + first, to_row, length, streamed);
+        mix<Isa, tile>(chunk, matrix, latents, i, to + i * to_row + first, to_row, length, streamed);
       }
       first += length;
     }
@@ -171,19 +178,20 @@ struct MixRows {
   }
 
   // A tile of results, by a few vectors, then by single ones.
-  template <class Isa>
+  template <class Isa, int tile>
   static FASTDIS_INLINE void mix(const Chunk<T>& chunk, const A* matrix, int64_t latents, int64_t first, T* to,
                                  int64_t to_row, int64_t length, bool streamed) {
     constexpr int64_t lanes = Isa::vector_bytes / sizeof(A);
     constexpr int width = Isa::vector_bytes == 64 ? 4 : 2;  // as many accumulators as registers allow
     int64_t d = 0;
     for (; d + width * lanes <= chunk.count; d += width * lanes) {
-      columns<Isa, width>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
+      columns<Isa, tile, width>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
     }
-    for (; d < chunk.count; d += lanes) columns<Isa, 1>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
+    for (; d < chunk.count; d += lanes)
+      columns<Isa, tile, 1>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
   }
 
-  template <class Isa, int W>
+  template <class Isa, int tile, int W>
   static FASTDIS_INLINE void columns(const Chunk<T>& chunk, const A* matrix, int64_t latents, int64_t first, int64_t d,
                                      T* to, int64_t to_row, int64_t length, bool streamed) {
     typedef A Vector __attribute__((vector_size(Isa::vector_bytes), aligned(alignof(A)), may_alias));

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _AsGiven(inspect.Signature):
-    """A signature that binds arguments by leaving them as they are."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        return _Bound(args, kwargs)
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 
-class _Bound:
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Return ``function.apply(*args)``, given all arguments of its ``forward``, for less.
 
-    def apply_defaults(self) -> None:
-        """There are none."""
-
-
-def positional(forward: F) -> F:
-    """Mark a ``forward`` that is always called with all its arguments, by position.
-
-    ``Function.apply`` builds and binds the signature of ``forward`` at every call, to fill in defaults: for a small
-    input that takes longer than the kernel.
+    ``apply`` binds the signature of ``forward`` at every call, to fill in defaults: for a small input that takes longer
+    than the kernel. Where nothing is to be differentiated, ``forward`` is all there is to call.
     """
-    forward.__signature__ = _AsGiven(list(inspect.signature(forward).parameters.values()))  # type: ignore[attr-defined]
-    return forward
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+        return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    return function.forward(*args)
+
+
+def _requires_grad(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.requires_grad
 
 
 class _DifferentiableBackward(torch.autograd.Function):

@@ -103,7 +103,7 @@ def ddim_step(
             x, noise, fields, schedule[0], schedule[1], weights=weights, sigma=schedule[2], eta_noise=eta_noise
         )
     else:
-        step = _DdimStep.apply(x, noise, fields, *schedule, weights, eta_noise, chosen)
+        step = _autograd.apply(_DdimStep, x, noise, fields, *schedule, weights, eta_noise, chosen)
     return (step[0].movedim(-1, 1), step[1].movedim(-1, 1)) if last else step
 
 
@@ -124,7 +124,6 @@ class _DdimStep(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(
         x: Tensor, noise: Tensor, fields: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, sigma: Tensor,
         weights: Tensor | None, eta_noise: Tensor | None, backend: str,

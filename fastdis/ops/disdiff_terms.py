@@ -105,7 +105,7 @@ def disdiff_terms(
     if chosen == "reference":
         *images, weight = reference.disdiff_terms(x, noise, fields, selected, alpha_bar, alpha_bar_prev)
     else:
-        *images, weight = _DisDiffTerms.apply(x, noise, fields, selected, alpha_bar, alpha_bar_prev, chosen)
+        *images, weight = _autograd.apply(_DisDiffTerms, x, noise, fields, selected, alpha_bar, alpha_bar_prev, chosen)
     shifted, x0, x0_selected = (image.movedim(-1, 1) if last else image for image in images)
     return DisDiffTerms(shifted, x0, x0_selected, weight)
 
@@ -114,7 +114,6 @@ class _DisDiffTerms(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(
         x: Tensor, noise: Tensor, fields: Tensor, selected: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor,
         backend: str,

@@ -73,14 +73,13 @@ def gaussian_kl(
         weights = weights.to(mean.dtype if chosen == "reference" else _checks.statistics_dtype(mean.dtype))
     if chosen == "reference":
         return reference.gaussian_kl(mean, logvar, weights=weights, reduction=reduction)
-    return _GaussianKl.apply(mean, logvar, weights, REDUCTIONS.index(reduction), chosen)
+    return _autograd.apply(_GaussianKl, mean, logvar, weights, REDUCTIONS.index(reduction), chosen)
 
 
 class _GaussianKl(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(mean: Tensor, logvar: Tensor, weights: Tensor | None, reduction: int, backend: str) -> Tensor:
         return _column.kernels[backend].forward(mean, logvar, weights, reduction)
 

@@ -68,14 +68,13 @@ def isometry_penalty(jacobian: Tensor, kind: str = "isometry", *, backend: str =
     chosen = _column.choose(backend, jacobian.device.type)
     if chosen == "reference":
         return reference.isometry_penalty(jacobian, kind)
-    return _IsometryPenalty.apply(jacobian, KINDS.index(kind), chosen)[0]
+    return _autograd.apply(_IsometryPenalty, jacobian, KINDS.index(kind), chosen)[0]
 
 
 class _IsometryPenalty(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(jacobian: Tensor, kind: int, backend: str) -> tuple[Tensor, Tensor]:
         return _column.kernels[backend].forward(jacobian, kind)
 

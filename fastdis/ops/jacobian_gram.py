@@ -50,7 +50,7 @@ def jacobian_gram(jacobian: Tensor, *, backend: str = "auto") -> Tensor:
     chosen = _column.choose(backend, jacobian.device.type)
     if chosen == "reference":
         return reference.jacobian_gram(jacobian)
-    return _JacobianGram.apply(jacobian, chosen)
+    return _autograd.apply(_JacobianGram, jacobian, chosen)
 
 
 def as_rows(jacobian: Tensor) -> Tensor:
@@ -77,7 +77,6 @@ class _JacobianGram(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(jacobian: Tensor, backend: str) -> Tensor:
         return _column.kernels[backend].forward(jacobian)
 

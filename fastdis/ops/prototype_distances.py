@@ -53,7 +53,7 @@ def prototype_distances(queries: Tensor, prototypes: Tensor, *, backend: str = "
     if chosen == "reference":
         distances = reference.prototype_distances(queries, prototypes)
     else:
-        distances = _PrototypeDistances.apply(queries, prototypes, chosen)
+        distances = _autograd.apply(_PrototypeDistances, queries, prototypes, chosen)
     return distances if len(leading) == 1 else distances.reshape(*leading, *distances.shape[-2:])
 
 
@@ -101,7 +101,6 @@ class _PrototypeDistances(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(queries: Tensor, prototypes: Tensor, backend: str) -> Tensor:
         return _column.kernels[backend].forward(queries, prototypes)
 

@@ -76,7 +76,7 @@ def prototypical_loss(
     if chosen == "reference":
         loss = reference.prototypical_loss(queries, prototypes, labels, reduction=reduction)
     else:
-        loss, _ = _PrototypicalLoss.apply(queries, prototypes, labels, REDUCTIONS.index(reduction), chosen)
+        loss, _ = _autograd.apply(_PrototypicalLoss, queries, prototypes, labels, REDUCTIONS.index(reduction), chosen)
     return loss.reshape(*leading, -1) if reduction == "none" and len(leading) != 1 else loss
 
 
@@ -84,7 +84,6 @@ class _PrototypicalLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(
         queries: Tensor, prototypes: Tensor, labels: Tensor, reduction: int, backend: str
     ) -> tuple[Tensor, Tensor]:

@@ -72,14 +72,13 @@ def reparameterize(
     if chosen == "reference":
         return reference.reparameterize(mean, logvar, seed)
     keep = chosen == "cpu" and torch.is_grad_enabled() and logvar.requires_grad
-    return _Reparameterize.apply(mean, logvar, seed, keep, chosen)[0]
+    return _autograd.apply(_Reparameterize, mean, logvar, seed, keep, chosen)[0]
 
 
 class _Reparameterize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(mean: Tensor, logvar: Tensor, seed: Tensor, keep: bool, backend: str) -> tuple[Tensor, Tensor]:
         return _column.kernels[backend].forward(mean, logvar, seed, keep)
 

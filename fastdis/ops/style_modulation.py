@@ -87,9 +87,10 @@ def style_modulation(
             x, scale, shift, groups=groups, weight=weight, bias=bias, eps=eps, activation=activation,
             negative_slope=negative_slope,
         )  # fmt: skip
-    return _StyleModulation.apply(
-        x, scale, shift, weight, bias, groups, float(eps), ACTIVATIONS.index(activation), float(negative_slope), chosen
-    )[0]
+    return _autograd.apply(
+        _StyleModulation, x, scale, shift, weight, bias, groups, float(eps), ACTIVATIONS.index(activation),
+        float(negative_slope), chosen,
+    )[0]  # fmt: skip
 
 
 def adain(
@@ -173,7 +174,6 @@ class _StyleModulation(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(
         x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
         activation: int, negative_slope: float, backend: str,

@@ -73,7 +73,7 @@ def sum_gradient_fields(
     if chosen == "reference":
         shifted = reference.sum_gradient_fields(noise, fields, coefficient, weights=weights)
     else:
-        shifted = _SumGradientFields.apply(noise, fields, coefficient, weights, chosen)
+        shifted = _autograd.apply(_SumGradientFields, noise, fields, coefficient, weights, chosen)
     return shifted.movedim(-1, 1) if last else shifted
 
 
@@ -166,7 +166,6 @@ class _SumGradientFields(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(noise: Tensor, fields: Tensor, coefficient: Tensor, weights: Tensor | None, backend: str) -> Tensor:
         return _column.kernels[backend].forward(noise, fields, coefficient, weights)
 

@@ -101,9 +101,9 @@ def tangent_activation(
     if chosen == "reference":
         output = reference.tangent_activation(**named, activation=activation, parameter=parameter)
         return (output[0], output[1:]) if split else output
-    return _TangentActivation.apply(
-        named["rows"], named.get("directions"), named.get("bias"), ACTIVATIONS.index(activation), float(parameter),
-        split, chosen,
+    return _autograd.apply(
+        _TangentActivation, named["rows"], named.get("directions"), named.get("bias"),
+        ACTIVATIONS.index(activation), float(parameter), split, chosen,
     )  # fmt: skip
 
 
@@ -111,7 +111,6 @@ class _TangentActivation(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(
         rows: Tensor, directions: Tensor | None, bias: Tensor | None, activation: int, parameter: float, split: bool,
         backend: str,

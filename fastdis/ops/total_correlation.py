@@ -109,7 +109,7 @@ def total_correlation(
     leading = z.shape[:-2]
     if len(leading) > 1:
         z, mean, logvar = (t.flatten(0, -3) for t in (z, mean, logvar))
-    terms = _TotalCorrelation.apply(z, mean, logvar, dataset_size, ESTIMATORS.index(estimator), chosen)[:3]
+    terms = _autograd.apply(_TotalCorrelation, z, mean, logvar, dataset_size, ESTIMATORS.index(estimator), chosen)[:3]
     return AggregateDivergence(*(t.reshape(leading) if len(leading) > 1 else t for t in terms))
 
 
@@ -117,7 +117,6 @@ class _TotalCorrelation(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_autograd.positional
     def forward(
         z: Tensor, mean: Tensor, logvar: Tensor, dataset_size: int, estimator: int, backend: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
