@@ -22,17 +22,22 @@ FASTDIS_INLINE Lanes multiply_low(Lanes a, Lanes b) {
   return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
 }
 
-// Turns counters into words, in 64-bit lanes of which only the low half counts.
-template <class Isa, class Lanes>
-FASTDIS_INLINE void philox(uint64_t key, Lanes& c0, Lanes& c1, Lanes& c2, Lanes& c3) {
+// Turns counters into words, in 64-bit lanes of which only the low half counts: c[w][g] is word w of group g. Groups do
+// not depend on each other, which hides how long a product takes.
+template <class Isa, class Lanes, int groups>
+FASTDIS_INLINE void philox(uint64_t key, Lanes (&c)[4][groups]) {
   const Lanes m0 = Lanes{} + 0xD2511F53u, m1 = Lanes{} + 0xCD9E8D57u;
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
-    const Lanes p0 = multiply_low<Isa>(c0, m0), p1 = multiply_low<Isa>(c2, m1);
-    c0 = (p1 >> 32) ^ c1 ^ k0;
-    c1 = p1;
-    c2 = (p0 >> 32) ^ c3 ^ k1;
-    c3 = p0;
+    const Lanes key0 = Lanes{} + k0, key1 = Lanes{} + k1;
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g) {
+      const Lanes p0 = multiply_low<Isa>(c[0][g], m0), p1 = multiply_low<Isa>(c[2][g], m1);
+      c[0][g] = (p1 >> 32) ^ c[1][g] ^ key0;
+      c[1][g] = p1;
+      c[2][g] = (p0 >> 32) ^ c[3][g] ^ key1;
+      c[3][g] = p0;
+    }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -49,17 +54,25 @@ struct PhiloxWords {
   FASTDIS_INLINE void fill(uint64_t key, uint64_t first, uint64_t high) {
     typedef Word Lanes __attribute__((vector_size(Isa::vector_bytes)));
     typedef Half Halves __attribute__((vector_size(Isa::vector_bytes / 2), aligned(4), may_alias));
-    constexpr int lanes = Isa::vector_bytes / sizeof(uint64_t);
+    constexpr int lanes = Isa::vector_bytes / sizeof(uint64_t), groups = Isa::vector_bytes == 64 ? 4 : 2;
     Lanes offset;
     for (int lane = 0; lane < lanes; ++lane) offset[lane] = lane;
-    for (int64_t i = 0; i < counters; i += lanes) {
-      const Lanes counter = offset + (first + static_cast<uint64_t>(i));
-      Lanes c0 = counter, c1 = counter >> 32, c2 = Lanes{} + high, c3 = Lanes{} + (high >> 32);
-      philox<Isa>(key, c0, c1, c2, c3);
-      *reinterpret_cast<Halves*>(word[0] + i) = __builtin_convertvector(c0, Halves);
-      *reinterpret_cast<Halves*>(word[1] + i) = __builtin_convertvector(c1, Halves);
-      *reinterpret_cast<Halves*>(word[2] + i) = __builtin_convertvector(c2, Halves);
-      *reinterpret_cast<Halves*>(word[3] + i) = __builtin_convertvector(c3, Halves);
+    for (int64_t i = 0; i < counters; i += groups * lanes) {
+      Lanes c[4][groups];
+#pragma GCC unroll 4
+      for (int g = 0; g < groups; ++g) {
+        c[0][g] = offset + (first + static_cast<uint64_t>(i + g * lanes));
+        c[1][g] = c[0][g] >> 32;
+        c[2][g] = Lanes{} + high;
+        c[3][g] = Lanes{} + (high >> 32);
+      }
+      philox<Isa>(key, c);
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; ++w) {
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; ++g)
+          *reinterpret_cast<Halves*>(word[w] + i + g * lanes) = __builtin_convertvector(c[w][g], Halves);
+      }
     }
   }
 };

@@ -110,14 +110,13 @@ struct GramOfRows {
       }
     }
     const A* from = sums.data();
+    alignas(64) A products[tile * tile];
     for (int64_t i = 0; i < tiles; ++i) {
       for (int64_t j = i; j < tiles; ++j, from += part) {
+        sum_lanes<Isa, A, tile * tile>(from, products);
         for (int64_t pair = 0; pair < tile * tile; ++pair) {
           const int64_t k = i * tile + pair / tile, l = j * tile + pair % tile;
-          if (k >= latents || l >= latents) continue;
-          A sum = 0;
-          for (int lane = 0; lane < lanes; ++lane) sum += from[pair * lanes + lane];
-          gram[k * latents + l] = gram[l * latents + k] = sum;
+          if (k < latents && l < latents) gram[k * latents + l] = gram[l * latents + k] = products[pair];
         }
       }
     }

@@ -13,12 +13,9 @@
 namespace fastdis::host {
 
 void philox4x32(uint32_t counter[4], uint64_t key) {
-  uint64_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
-  philox<Baseline>(key, c0, c1, c2, c3);
-  counter[0] = static_cast<uint32_t>(c0);
-  counter[1] = static_cast<uint32_t>(c1);
-  counter[2] = static_cast<uint32_t>(c2);
-  counter[3] = static_cast<uint32_t>(c3);
+  uint64_t words[4][1] = {{counter[0]}, {counter[1]}, {counter[2]}, {counter[3]}};
+  philox<Baseline>(key, words);
+  for (int w = 0; w < 4; ++w) counter[w] = static_cast<uint32_t>(words[w][0]);
 }
 
 namespace {

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 
@@ -20,7 +20,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(map(_requires_grad, args))):
-        return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+        living = (unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        return super(torch.autograd.Function, function).apply(*living)  # type: ignore[misc]
     return function.forward(*args)
 
 

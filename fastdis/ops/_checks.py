@@ -71,6 +71,9 @@ def per_sample(name: str, value: Any, like_name: str, like: Tensor) -> Tensor:
         If it is none of these, or on another device.
     """
     dtype = statistics_dtype(like.dtype)
+    as_is = isinstance(value, Tensor) and value.dtype == dtype and value.shape == like.shape[:1]
+    if as_is and value.device == like.device:
+        return value  # soon, as most calls have it so
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full((like.shape[0],), float(value), dtype=dtype, device=like.device)
     if not isinstance(value, Tensor):
