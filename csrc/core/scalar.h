@@ -159,13 +159,21 @@ FASTDIS_INLINE float logarithm_near_one(float x) {
   return x + (p * x * square - 0.5f * square);
 }
 
-// log(x) of positive normal numbers, to 2 ulp.
-FASTDIS_INLINE float logarithm(float x) {
+// A positive normal number as (1 + rest) 2^exponent, its first factor from sqrt(1/2) to sqrt(2).
+struct Scaled {
+  float rest, exponent;
+};
+
+FASTDIS_INLINE Scaled scaled(float x) {
   const int32_t bits = bit_cast<int32_t>(x);
   const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
-  const float mantissa = bit_cast<float>(bits - (exponent << 23));
-  return logarithm_near_one(mantissa - 1.0f) + static_cast<float>(exponent) * 0x1.62e430p-1f;
+  return {bit_cast<float>(bits - (exponent << 23)) - 1.0f, static_cast<float>(exponent)};
 }
+
+// log(x) of positive normal numbers, to 2 ulp.
+FASTDIS_INLINE float logarithm(Scaled x) { return logarithm_near_one(x.rest) + x.exponent * 0x1.62e430p-1f; }
+
+FASTDIS_INLINE float logarithm(float x) { return logarithm(scaled(x)); }
 
 FASTDIS_INLINE double logarithm(double x) {
   const int64_t bits = bit_cast<int64_t>(x);

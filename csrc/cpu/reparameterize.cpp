@@ -18,11 +18,11 @@ constexpr int64_t block = 4 * counters;  // elements handled at a time
 
 // Two normal numbers from two words, by Box and Muller: radius sqrt(-2 log((a + 1/2) / 2^32)), angle 2 pi b / 2^32.
 FASTDIS_INLINE void box_muller(uint32_t a, uint32_t b, float& cosine, float& sine) {
-  // Close to 1 the logarithm is taken of what is missing to 1, or rounding a would leave no digit of it.
-  const bool high = a >= 0xB504F334u;  // 2^32 sqrt(1/2)
+  // From sqrt(1/2) to 1 the logarithm is taken of what is missing to 1: rounding a would leave no digit of it.
+  const bool high = a >= 0xB504F334u;
   const float missing = (static_cast<float>(~a) + 0.5f) * 0x1p-32f;
-  const float below = logarithm((static_cast<float>(a) + 0.5f) * 0x1p-32f), above = logarithm_near_one(-missing);
-  const float radius = std::sqrt(-2.0f * (high ? above : below));
+  const Scaled low = scaled((static_cast<float>(a) + 0.5f) * 0x1p-32f);
+  const float radius = std::sqrt(-2.0f * logarithm(high ? Scaled{-missing, 0.0f} : low));
   // The angle in quarter turns, to the nearest, from -1/2 to 1/2.
   const uint32_t quarter = (b + 0x20000000u) >> 30;
   const float rest = static_cast<float>(static_cast<int32_t>(b - (quarter << 30))) * (0x1.921fb6p+0f * 0x1p-30f);
