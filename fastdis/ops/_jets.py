@@ -121,6 +121,8 @@ class Layer(NamedTuple):
         return self.function(x, self.weight, bias, *self.arguments, **self.options)
 
     def _apply(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.function is F.linear:
+            return self._call(rows, bias)  # in any number of dimensions
         return _flat(lambda x: self._call(x, bias))(rows)
 
 
@@ -151,7 +153,8 @@ class _Activation(NamedTuple):
         by_channel = rows.movedim(2, -1) if len(sample) > 1 and channels == sample[0] else rows
         channels_last = not rows.is_contiguous() and by_channel.is_contiguous()
         if not channels_last:
-            rows = rows.reshape(rows.shape[0], batch, channels, sample.numel() // max(channels, 1))
+            if len(sample) != 1:  # each view costs what a small layer does
+                rows = rows.reshape(rows.shape[0], batch, channels, sample.numel() // max(channels, 1))
             directions = None if directions is None else directions.reshape(directions.shape[0], *rows.shape[2:])
         elif directions is None:
             rows = by_channel.reshape(rows.shape[0], -1, channels)
@@ -164,7 +167,7 @@ class _Activation(NamedTuple):
         outputs = [output] if isinstance(output, Tensor) else [output[0].unsqueeze(0), output[1]]
         if channels_last:
             return [t.reshape(t.shape[0], *by_channel.shape[1:]).movedim(-1, 2) for t in outputs]
-        return [t.reshape(t.shape[0], batch, *sample) for t in outputs]
+        return outputs if len(sample) == 1 else [t.reshape(t.shape[0], batch, *sample) for t in outputs]
 
 
 class _Mapped(NamedTuple):
@@ -407,7 +410,12 @@ def _handles(
 
 def _flat(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function of a batch as one of [rows, batch, *]."""
-    return lambda rows: function(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+
+    def of_rows(rows: Tensor) -> Tensor:
+        output = function(rows.flatten(0, 1))
+        return output.reshape(*rows.shape[:2], *output.shape[1:])
+
+    return of_rows
 
 
 # Layers.
