@@ -22,13 +22,13 @@ namespace fastdis::host {
 namespace {
 
 constexpr int members = 4;  // of a group
-constexpr int64_t row_bytes =
-    4096;  // of a point that are compared at a time: a group and a tile of partners fit level 1
-constexpr int64_t packed_bytes = int64_t{1} << 25;  // of all points that are compared at a time, where these rows fit
-constexpr int64_t batch = 32;                       // groups that visit the same partners, one after the other
-constexpr int64_t block = 64;                       // groups whose points stay in level 2 meanwhile
+// Bytes of a point that are compared at a time, so that a group and a tile of partners fit the nearest cache; and of
+// all points, where that is less.
+constexpr int64_t row_bytes = 4096, packed_bytes = int64_t{1} << 25;
+constexpr int64_t batch = 32;  // groups that visit the same partners, one after the other
+constexpr int64_t block = 64;  // groups whose points stay in the next cache meanwhile
 
-// Partners in a tile, for as many sums as registers hold.
+// Partners in a tile, as many as registers hold sums for.
 template <class Isa>
 constexpr int partner_tile = Isa::vector_bytes == 64 ? 4 : 2;
 

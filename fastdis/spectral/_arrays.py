@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,13 @@ def to_array(values: Any) -> Any:
     return (exact.float() if exact.dtype in (torch.bfloat16, torch.float16) else exact).numpy()
 
 
+def to_tensor(values: Any) -> Tensor:
+    """Return an array as a tensor on its memory, which is only to be read, and a tensor as it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(values)
+
+
 def restorer(values: Any) -> Callable[[np.ndarray], Any]:
     """Return a function that makes results what was given: a tensor of its dtype and device, else an array."""
     if not isinstance(values, Tensor):
@@ -34,5 +42,5 @@ def restorer(values: Any) -> Callable[[np.ndarray], Any]:
 def like(values: Any, points: Any) -> Any:
     """Return values as points are: an array or a tensor of their dtype, where they lie."""
     if isinstance(points, Tensor):
-        return torch.as_tensor(values).to(points)
+        return to_tensor(values).to(points)
     return to_array(values).astype(points.dtype, copy=False)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastdis.spectral import _device, _host
-from fastdis.spectral._arrays import to_array
+from fastdis.spectral._arrays import to_array, to_tensor
 
 PROJECTED = 128  # directions that candidates are found in
 BLOCK_BYTES = 2**26  # of distances at a time
@@ -37,7 +37,7 @@ class NeighbourSearch:
     @_device.full_precision()
     def __init__(self, points: Any) -> None:
         self.points = points
-        self.mean = torch.as_tensor(points).mean(dim=0)
+        self.mean = to_tensor(points).mean(dim=0)
         n, D = points.shape
         self.directions = None
         if min(n, D) > 2 * PROJECTED:
@@ -135,13 +135,13 @@ class NeighbourSearch:
         """Return where points lie in the few directions, float32 [n, r], and how far outside of them at most, [n]."""
         n, D = points.shape
         if self.directions is None:
-            return self._single(torch.as_tensor(points) - self.mean), torch.zeros(n, device=self.mean.device)
+            return self._single(to_tensor(points) - self.mean), torch.zeros(n, device=self.mean.device)
         low = torch.empty(n, PROJECTED, device=self.mean.device)
         beyond = torch.empty(n, device=self.mean.device)
         at_once = max(1, BLOCK_BYTES // (4 * D))
         for start in range(0, n, at_once):
             part = slice(start, start + at_once)
-            apart = self._single(torch.as_tensor(points[part]) - self.mean)
+            apart = self._single(to_tensor(points[part]) - self.mean)
             torch.mm(apart, self.directions, out=low[part])
             squares = apart.square().sum(dim=1)
             # What rounding may have taken away is added.
@@ -151,7 +151,7 @@ class NeighbourSearch:
     def _single(self, values: Any) -> torch.Tensor:
         """Return values as a float32 tensor, where the points lie."""
         device = self.points.device if self.numerics is _device else "cpu"
-        return torch.as_tensor(values, dtype=torch.float32, device=device)
+        return to_tensor(values).to(device=device, dtype=torch.float32)
 
 
 class ApproximateSearch(NeighbourSearch):

@@ -40,6 +40,18 @@ def test_coordinates_are_affine_in_true_ones(torus_patch, mode, n, d, D):
     assert eigenmap.eigenvalues_.shape == (d + 1,)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_points_may_be_read_only(torus_patch, dtype, recwarn):
+    _, X = torus_patch(500, 2, 300)
+    expected = HessianEigenmap(2).fit_transform(X.astype(dtype))
+    X = X.astype(dtype)
+    X.setflags(write=False)
+    eigenmap = HessianEigenmap(2).fit(X)
+    assert np.array_equal(eigenmap.embedding_, expected)
+    np.testing.assert_allclose(eigenmap.transform(X), expected)
+    assert not [w.message for w in recwarn if "writable" in str(w.message)]
+
+
 def test_hlle_by_hand(torus_patch):
     """M from the definition, point by point, and all its eigenvectors."""
     _, X = torus_patch(120, 2, 6)
