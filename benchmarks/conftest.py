@@ -1,10 +1,6 @@
 """Machine header, the rates behind every floor, and the table that a run ends with."""
 
 import os
-
-# Waiting threads that spin would take the second core from the thread that works. Read once, when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import platform
 import time
 from statistics import median

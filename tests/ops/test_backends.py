@@ -112,8 +112,9 @@ def test_columns_on_older_instruction_sets(isa):
     if isa not in levels or levels.index(isa) >= levels.index(info["isa_highest_here"]):
         pytest.skip(f"{isa} is not a lower level of this build on this machine")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/ops", "tests/metrics", "-p", "no:cacheprovider", "-k",
-         "(test_values_and_gradients and -cpu-float) or too_large_for_a_cache or compiled_and_numpy or segment_spread"],
+        [sys.executable, "-m", "pytest", "tests/ops", "tests/metrics", "tests/spectral/test_neighbourhoods.py",
+         "-p", "no:cacheprovider", "-k", "(test_values_and_gradients and -cpu-float) or too_large_for_a_cache or "
+         "compiled_and_numpy or segment_spread or test_neighbourhoods"],
         cwd=ROOT, env={**os.environ, "FASTDIS_ISA": isa}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]
