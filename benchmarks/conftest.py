@@ -98,17 +98,19 @@ def pytest_terminal_summary(terminalreporter, config):
     table = Table(title=f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}, "
                   f"copy {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
                   f"float32 product {rates['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s")  # fmt: skip
-    for heading in ("op", "case", "pass", "backend", "ms", "floor ms", "eager", "library", "compile", "clone", "memory",
-                    "target"):  # fmt: skip
+    for heading in ("op", "case", "pass", "backend", "ms", "floor ms", "eager", "library", "compile", "clone", "beside",
+                    "memory", "target"):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("op", "case", "pass", "backend") else "right")
     for row in rows:
         ratios = row["ratios"]
-        library = [v for k, v in ratios.items() if k not in ("eager", "compile", "clone")]
+        beside = row.get("yardsticks", ())
+        library = [v for k, v in ratios.items() if k not in ("eager", "compile", "clone", *beside)]
         cells = (ratios.get("eager"), min(library) if library else None, ratios.get("compile"), ratios.get("clone"))
         memory = row["peak_extra_over_inputs"]
         table.add_row(
             row["op"], row["case"], row["direction"], row["backend"], f"{1e3 * row['seconds']['ours']:.3f}",
             f"{1e3 * row['floor_seconds']:.3f}", *("" if c is None else f"{c:.2f}x" for c in cells),
+            ", ".join(f"{name} {ratios[name]:.2f}x" for name in beside),
             "" if memory is None else f"{memory:.1f}x", verdict(row),
         )  # fmt: skip
     console = Console(width=max(140, terminalreporter._tw.fullwidth))
@@ -116,7 +118,8 @@ def pytest_terminal_summary(terminalreporter, config):
     console.print(table)
     console.print(
         "Columns with x: that peer's time over ours, higher is better, below 1 is a loss. clone: a copy of the input "
-        "by torch. memory: the most held beyond the inputs, over the inputs."
+        "by torch. beside: no peer, but a read of the largest input, or our kernels in an autograd function that does "
+        "nothing else. memory: the most held beyond the inputs, over the inputs."
     )
 
 

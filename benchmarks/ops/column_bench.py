@@ -35,9 +35,9 @@ class Case:
 
     ``targets`` are what the ratio to the fastest peer (``"fastest"``) or to a named peer has to reach, by pass.
     ``floor`` gives, by pass, the bytes that must move and the floating-point operations that must be done.
-    ``yardsticks`` are timed beside the peers without being one, in the forward pass. ``without`` names peers among
-    ``"eager"`` and ``"compile"`` that do not fit this machine's memory; correctness is then checked on other tensors,
-    ``checked``.
+    ``yardsticks`` are timed beside the peers without being one, by pass: plain calls forward, and functions to
+    differentiate forward + backward. ``without`` names peers among ``"eager"`` and ``"compile"`` that do not fit this
+    machine's memory; correctness is then checked on other tensors, ``checked``.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Case:
     floor: dict[str, tuple[float, float]]
     targets: dict[str, dict[str, float]] = field(default_factory=dict)
     quick: bool = False  # part of the short table
-    yardsticks: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    yardsticks: dict[str, dict[str, Callable[..., Any]]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     checked: dict[str, Tensor] | None = None
 
@@ -196,15 +196,17 @@ class ColumnBench:
         peers = {k: p for k, p in peers.items() if k not in case.without}
         contenders = {"ours": Contender(passes_of(ours, case)[direction])}
         contenders |= {peer: Contender(passes_of(function, case)[direction]) for peer, function in peers.items()}
+        for name, yardstick in case.yardsticks.get(direction, {}).items():
+            plain = direction == "forward"
+            run = partial(yardstick, **case.tensors) if plain else passes_of(yardstick, case)[direction]
+            contenders[name] = Contender(run)
         if direction == "forward":
-            first = next(iter(case.tensors.values()))
-            contenders["clone"] = Contender(first.clone)
-            contenders |= {k: Contender(partial(y, **case.tensors)) for k, y in case.yardsticks.items()}
+            contenders["clone"] = Contender(next(iter(case.tensors.values())).clone)
         inputs = sum(t.nbytes for t in case.tensors.values())
         race(
             benchmark, contenders, peers, quick, case.floor[direction], machine_rates, inputs,
             op=cls.name, case=case.name, direction=direction, backend=backend, error=error,
-            targets=case.targets.get(direction, {}),
+            targets=case.targets.get(direction, {}), yardsticks=list(case.yardsticks.get(direction, {})),
         )  # fmt: skip
 
     @staticmethod

@@ -336,7 +336,7 @@ struct Walk {
     }
     blocks = (sample + size - 1) / size;
     const int64_t tasks = by_columns ? blocks : blocks * samples;
-    const bool serial = layout.row() * (1 + layout.tangents) < 4 * serial_elements;
+    const bool serial = layout.row() * (1 + layout.tangents) < serial_elements;
     parts = serial ? 1 : std::max<int64_t>(1, std::min<int64_t>(tasks, torch::stable::get_num_threads()));
   }
 

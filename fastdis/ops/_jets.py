@@ -13,21 +13,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdis.ops import _checks
+from fastdis.ops import _autograd, _checks
 from fastdis.ops.tangent_activation import tangent_activation
 
 
 class Parts(NamedTuple):
     """A primal and its tangents.
 
-    Rows are [1 + K, B, *], the primal first, and ``offset`` [1, 1, *], which broadcasts, is still to be added to the
+    Rows are [1 + K, B, *], the primal first, and ``offset``, which broadcasts to [1, 1, *], is still to be added to the
     primal. As long as all samples share their tangents, rows are [1, B, *] beside directions [K, 1, *], and no offset.
     """
 
@@ -90,8 +90,7 @@ class Layer(NamedTuple):
         if offset is not None:
             offset = self._apply(offset.expand(1, 1, *rows.shape[2:]), self.bias)
         elif self.bias is not None:
-            trailing = 0 if self.function is F.linear else rows.dim() - 3
-            offset = self.bias.reshape(*(1,) * (rows.dim() - 1 - trailing), -1, *(1,) * trailing)
+            offset = self.bias if self.function is F.linear else self.bias.reshape(-1, *(1,) * (rows.dim() - 3))
         return Parts(self._apply(rows), None, offset)
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -102,6 +101,9 @@ class Layer(NamedTuple):
         if self.source.shared:
             return self.parts().pair()
         primal, tangents = self.source.pair()
+        one_dtype = primal.dtype == tangents.dtype == self.weight.dtype
+        if self.function is F.linear and primal.dim() == 2 and one_dtype and not _autocast(primal):
+            return cast(tuple[Tensor, Tensor], _autograd.apply(_LinearOfPair, primal, tangents, self.weight, self.bias))
         return self._call(primal, self.bias), self._apply(tangents)
 
     def scaled(self, scale: Tensor, shift: Tensor) -> Layer:
@@ -126,6 +128,50 @@ class Layer(NamedTuple):
         return _flat(lambda x: self._call(x, bias))(rows)
 
 
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+class _LinearOfPair(torch.autograd.Function):
+    """A linear layer of primal [B, H] and tangents [K, B, H], the weight's gradient accumulated in the second product.
+
+    Autograd would write each product's own and add them: for a wide output that takes longer than either product.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(primal: Tensor, tangents: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return F.linear(primal, weight, bias), F.linear(tangents, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        primal, tangents, weight, _ = inputs
+        ctx.save_for_backward(primal, tangents, weight)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dprimal, dtangents = (
+            None if grad is None or not needed else grad @ weight for grad, needed in zip(grads, needs, strict=False)
+        )
+        dweight: Tensor | None = None
+        for grad, rows in zip(grads, inputs, strict=True):
+            if grad is None or not needs[2]:
+                continue
+            left, right = grad.reshape(-1, grad.shape[-1]).mT, rows.reshape(-1, rows.shape[-1])
+            if dweight is None:
+                dweight = left @ right
+            elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                dweight = torch.addmm(dweight, left, right)
+            else:
+                dweight.addmm_(left, right)
+        dbias = grads[0].sum(0) if needs[3] and grads[0] is not None else None
+        return dprimal, dtangents, dweight, dbias
+
+
 class _Activation(NamedTuple):
     """An activation that has not run: what follows decides whether primal and tangents are wanted apart."""
 
@@ -147,9 +193,11 @@ class _Activation(NamedTuple):
         batch, sample = rows.shape[1], rows.shape[2:]
         channels = sample[0] if sample else 1
         if bias is not None:
-            if bias.shape[2:].numel() != channels or bias.shape[2:3].numel() != channels:  # not one for each channel
+            at = bias.dim() - len(sample)
+            by_channels = bias.numel() == channels and (not sample or (at >= 0 and bias.shape[at] == channels))
+            if not by_channels:
                 channels, bias = sample.numel(), bias.expand(1, 1, *sample)
-            bias = bias.reshape(-1).to(rows.dtype)
+            bias = (bias if bias.dim() == 1 else bias.reshape(-1)).to(rows.dtype)
         by_channel = rows.movedim(2, -1) if len(sample) > 1 and channels == sample[0] else rows
         channels_last = not rows.is_contiguous() and by_channel.is_contiguous()
         if not channels_last:

@@ -170,6 +170,9 @@ class Unknown(nn.Module):
 
 
 DECODERS |= {
+    "as_many_tokens_as_channels": lambda: Sequential(
+        nn.Linear(3, 12), nn.Tanh(), nn.Unflatten(1, (3, 4)), nn.Linear(4, 3), nn.SiLU(), nn.Linear(3, 3), nn.Flatten(),
+    ),
     "residual": Residual, "spatial_broadcast": SpatialBroadcast, "tokens": Tokens, "unknown": Unknown,
 }  # fmt: skip
 
@@ -334,16 +337,16 @@ def test_folded_gram_matrices_are_not_of_half_precision():
 
 
 class Recorder(TorchDispatchMode):
-    """The outputs' shapes of matrix products, the inputs' batches of convolutions, the sizes of copies and scalings."""
+    """The outputs' shapes of products, the inputs' batches of convolutions, the sizes of copies, scalings and sums."""
 
     def __init__(self):
         super().__init__()
-        self.products, self.convolutions, self.copies, self.scalings = [], [], [], []
+        self.products, self.convolutions, self.copies, self.scalings, self.sums = [], [], [], [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         name = function.overloadpacket._qualified_op_name
-        if name in ("aten::mm", "aten::addmm", "aten::bmm"):
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"):
             self.products.append(tuple(output.shape))
         elif name == "aten::convolution":
             self.convolutions.append(len(args[0]))
@@ -351,6 +354,8 @@ class Recorder(TorchDispatchMode):
             self.copies.append(output.numel())
         elif name == "aten::mul":
             self.scalings.append(output.numel())
+        elif name in ("aten::add", "aten::add_"):
+            self.sums.append(output.numel())
         return output
 
 
@@ -403,6 +408,53 @@ def test_no_copy_of_the_size_of_the_jacobian_and_no_gradient_twice(last):
         assert max(recorder.copies, default=0) < 3 * 10 * 700
     # A gradient of the input and one of the weight for each product, the latents' included.
     assert len(recorder.products) == (6 if last else 8)
+    assert 9 * 700 not in recorder.sums  # the last weight's gradients add up in the products
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("frozen", [(), ("0",), ("2", "0"), ("4",)], ids=str)
+@pytest.mark.parametrize("of", ["x", "jacobian", "both"])
+def test_gradients_of_a_linear_last_layer(of, frozen, bias):
+    decoder = Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6), nn.SiLU(), nn.Linear(6, 5, bias=bias)).double()
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] not in frozen)
+    z = latents().requires_grad_()
+    wanted = [z, *(p for p in decoder.parameters() if p.requires_grad)]
+
+    def gradients(jacobian):
+        x, j = jacobian(decoder, z)
+        loss = (0 if of == "jacobian" else x.square().sum()) + (0 if of == "x" else (j**3).sum())
+        return torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+
+    assert_equal(gradients(decoder_jacobian), gradients(reference))
+
+
+def test_second_derivatives_through_a_linear_last_layer():
+    decoder, z = mlp(nn.Tanh(), last=False).double(), latents().requires_grad_()
+    wanted = [z, *decoder.parameters()]
+
+    def second(jacobian):
+        x, j = jacobian(decoder, z)
+        first = torch.autograd.grad(x.square().sum() + (j**3).sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+    assert_equal(second(decoder_jacobian), second(reference))
+
+
+def test_a_linear_last_layer_under_vmap_of_grad():
+    decoder = mlp(nn.SiLU(), last=False).double()
+    parameters = dict(decoder.named_parameters())
+
+    def loss(parameters, z, u):
+        x, j = decoder_jacobian(lambda z: torch.func.functional_call(decoder, parameters, z), z)
+        return (x.square().sum() + (j**3).sum()) * u
+
+    z, u = latents(10).reshape(5, 2, 3), latents(5, 1).squeeze(1)
+    for zs, dim in ((z, 0), (z[0], None)):
+        mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, dim, 0))(parameters, zs, u)
+        for i in range(5):
+            each = torch.func.grad(loss)(parameters, zs[i] if dim == 0 else zs, u[i])
+            assert_equal([mapped[name][i] for name in each], each.values())
 
 
 def test_calling_leaves_everything_alone():
