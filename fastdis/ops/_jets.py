@@ -4,23 +4,25 @@ A ``Jet`` stands in a tensor's place while a decoder runs: the primal and its K 
 function that the decoder calls is looked up in a table of handlers; a linear function maps all rows alike, an
 activation is :func:`fastdis.ops.tangent_activation`, and a function that is not in the table is differentiated by
 ``torch.func``.
-Layers and activations wait until something needs them, so that what follows may be folded into them.
+Layers and activations wait until something needs them, so that what follows may be folded into them, and so that linear
+layers and their activations run together.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdis.ops import _autograd, _checks
+from fastdis.ops import _checks, _perceptron
 from fastdis.ops.tangent_activation import tangent_activation
 
 
@@ -100,11 +102,28 @@ class Layer(NamedTuple):
         """
         if self.source.shared:
             return self.parts().pair()
+        before = self.source.pending
+        if isinstance(before, _Activation) and before.layer is not None and self.joins():
+            primal, tangents = _run_together(self, split=True)
+            return primal, tangents
         primal, tangents = self.source.pair()
         one_dtype = primal.dtype == tangents.dtype == self.weight.dtype
         if self.function is F.linear and primal.dim() == 2 and one_dtype and not _autocast(primal):
-            return cast(tuple[Tensor, Tensor], _autograd.apply(_LinearOfPair, primal, tangents, self.weight, self.bias))
+            return _perceptron.linear_of_pair(primal, tangents, self.weight, self.bias)
         return self._call(primal, self.bias), self._apply(tangents)
+
+    def joins(self) -> bool:
+        """Whether it may run in one autograd function with linear layers before it and the activation after it."""
+        source = self.source
+        if self.function is not F.linear or source.backend == "reference" or not torch.is_grad_enabled():
+            return False
+        if source.dim() != 2 or _autocast_dtype("cpu") is not None or _autocast_dtype("cuda") is not None:
+            return False
+        if not source.latent and not isinstance(source.pending, _Activation):
+            _, directions, offset = source.parts
+            if directions is not None or offset is not None:
+                return False
+        return all(t.dtype == source.dtype for t in (self.weight, self.bias) if t is not None)
 
     def scaled(self, scale: Tensor, shift: Tensor) -> Layer:
         """The layer followed by ``* scale + shift`` of each channel, computed in the dtype of these."""
@@ -132,64 +151,31 @@ def _autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-class _LinearOfPair(torch.autograd.Function):
-    """A linear layer of primal [B, H] and tangents [K, B, H], the weight's gradient accumulated in the second product.
-
-    Autograd would write each product's own and add them: for a wide output that takes longer than either product.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(primal: Tensor, tangents: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return F.linear(primal, weight, bias), F.linear(tangents, weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        primal, tangents, weight, _ = inputs
-        ctx.save_for_backward(primal, tangents, weight)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        dprimal, dtangents = (
-            None if grad is None or not needed else grad @ weight for grad, needed in zip(grads, needs, strict=False)
-        )
-        dweight: Tensor | None = None
-        for grad, rows in zip(grads, inputs, strict=True):
-            if grad is None or not needs[2]:
-                continue
-            left, right = grad.reshape(-1, grad.shape[-1]).mT, rows.reshape(-1, rows.shape[-1])
-            if dweight is None:
-                dweight = left @ right
-            elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-                dweight = torch.addmm(dweight, left, right)
-            else:
-                dweight.addmm_(left, right)
-        dbias = grads[0].sum(0) if needs[3] and grads[0] is not None else None
-        return dprimal, dtangents, dweight, dbias
-
-
 class _Activation(NamedTuple):
     """An activation that has not run: what follows decides whether primal and tangents are wanted apart."""
 
-    source: Parts
+    source: Jet
     name: str
     parameter: float
-    backend: str
+
+    @property
+    def layer(self) -> Layer | None:
+        """The linear layer that waits to run together with it."""
+        return self.source.pending if isinstance(self.source.pending, Layer) else None
 
     def parts(self) -> Parts:
-        return Parts(*self._run(split=False))
+        return Parts(*(self._run(split=False) if self.layer is None else _run_together(self, split=False)))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        primal, tangents = self._run(split=True)
-        return primal.squeeze(0), tangents
+        if self.layer is None:
+            primal, tangents = self._run(split=True)
+            return primal.squeeze(0), tangents
+        primal, tangents = _run_together(self, split=True)
+        return primal, tangents
 
     def _run(self, split: bool) -> list[Tensor]:
         """Bring the parts to [rows, B, C, *] where they lie, and the result back to their shape."""
-        rows, directions, bias = self.source
+        rows, directions, bias = self.source.parts
         batch, sample = rows.shape[1], rows.shape[2:]
         channels = sample[0] if sample else 1
         if bias is not None:
@@ -210,12 +196,33 @@ class _Activation(NamedTuple):
             rows = by_channel.reshape(1, batch, -1)
             directions = directions.movedim(2, -1).reshape(directions.shape[0], -1)
         output = tangent_activation(
-            rows, directions, bias, activation=self.name, parameter=self.parameter, split=split, backend=self.backend
-        )
+            rows, directions, bias, activation=self.name, parameter=self.parameter, split=split,
+            backend=self.source.backend,
+        )  # fmt: skip
         outputs = [output] if isinstance(output, Tensor) else [output[0].unsqueeze(0), output[1]]
         if channels_last:
             return [t.reshape(t.shape[0], *by_channel.shape[1:]).movedim(-1, 2) for t in outputs]
         return outputs if len(sample) == 1 else [t.reshape(t.shape[0], batch, *sample) for t in outputs]
+
+
+def _run_together(last: Layer | _Activation, split: bool) -> tuple[Tensor, ...]:
+    """Run the linear layers and activations that wait, up to this one, in one autograd function."""
+    step: Any = last
+    layers: list[_perceptron.Linear] = []
+    inner: list[Jet] = []
+    while True:
+        layer, *activation = (step,) if isinstance(step, Layer) else (step.layer, step.name, step.parameter)
+        layers.insert(0, _perceptron.Linear(layer.weight, layer.bias, *activation))
+        source, step = layer.source, layer.source.pending
+        if not isinstance(step, _Activation) or step.layer is None:
+            break
+        inner.insert(0, source)
+    hidden, outputs = _perceptron.perceptron(
+        source.parts.rows, layers, latent=source.latent, split=split, backend=source.backend
+    )
+    for jet, rows in zip(inner, hidden, strict=True):
+        jet.settle(Parts(rows))
+    return outputs
 
 
 class _Mapped(NamedTuple):
@@ -232,6 +239,33 @@ class _Mapped(NamedTuple):
         return self.linear(primal.unsqueeze(0)).squeeze(0), self.linear(tangents)
 
 
+_Mode = tuple[bool, torch.dtype | None, torch.dtype | None]
+
+
+def _mode() -> _Mode:
+    """What a call depends on besides its arguments: whether gradients are recorded, and autocast's dtypes."""
+    return torch.is_grad_enabled(), _autocast_dtype("cpu"), _autocast_dtype("cuda")
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+@contextmanager
+def _in_mode(mode: _Mode | None) -> Iterator[None]:
+    """Run what has waited as if it had not: the decoder may switch autocast or gradients on and off as it goes."""
+    now = _mode()
+    if mode is None or mode == now:
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(mode[0]))
+        for device_type, wanted, present in zip(("cpu", "cuda"), mode[1:], now[1:], strict=True):
+            if wanted != present:
+                stack.enter_context(torch.autocast(device_type, dtype=wanted, enabled=wanted is not None))
+        yield
+
+
 class Jet:
     """What stands for a tensor [B, *] while the decoder runs: its value and its tangents, computed when needed."""
 
@@ -243,15 +277,22 @@ class Jet:
         backend: str,
         latent: bool = False,
     ) -> None:
-        self._parts, self._pending, self._backend = parts, pending, backend
+        self._parts, self._pending, self.backend = parts, pending, backend
+        self._mode = None if pending is None else _mode()
         self.latent = latent  # the latents themselves, whose tangents are unit vectors
 
     @property
     def parts(self) -> Parts:
         if self._parts is None:
             assert self._pending is not None
-            self._parts, self._pending = self._pending.parts(), None
+            with _in_mode(self._mode):
+                self.settle(self._pending.parts())
+        assert self._parts is not None
         return self._parts
+
+    def settle(self, parts: Parts) -> None:
+        """Take what had been waiting to be computed."""
+        self._parts, self._pending = parts, None
 
     @property
     def pending(self) -> Layer | _Activation | _Mapped | None:
@@ -266,7 +307,10 @@ class Jet:
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The primal [B, *] and the tangents [K, B, *], each of which may then have a gradient of its own."""
-        return self.parts.pair() if self._pending is None else self._pending.pair()
+        if self._pending is None:
+            return self.parts.pair()
+        with _in_mode(self._mode):
+            return self._pending.pair()
 
     def last_linear(self) -> Layer | None:
         """The linear layer on [B, H] that this is the output of, if that has not run."""
@@ -281,13 +325,16 @@ class Jet:
         return self.like(parts.map(linear))
 
     def like(self, parts: Parts) -> Jet:
-        return Jet(parts, backend=self._backend)
+        return Jet(parts, backend=self.backend)
 
     def then(self, pending: Layer | _Activation | _Mapped) -> Jet:
-        return Jet(pending=pending, backend=self._backend)
+        return Jet(pending=pending, backend=self.backend)
 
     def activate(self, name: str, parameter: float = 0.0, *, inplace: bool = False) -> Jet:
-        output = self.then(_Activation(self.parts, name, parameter, self._backend))
+        if not isinstance(self._pending, Layer) or not self._pending.joins():
+            _ = self.parts
+        source = Jet(self._parts, self._pending, backend=self.backend) if inplace else self
+        output = self.then(_Activation(source, name, parameter))
         return self.assign(output) if inplace else output
 
     def assign(self, other: Jet) -> Jet:
@@ -299,12 +346,19 @@ class Jet:
 
     @property
     def shape(self) -> torch.Size:
-        source = self._pending.source if isinstance(self._pending, _Activation) else self.parts
-        return source.rows.shape[1:]
+        step = self._pending
+        if not isinstance(step, _Activation):
+            return self.parts.rows.shape[1:]
+        if step.layer is None:
+            return step.source.shape
+        return torch.Size((step.layer.source.shape[0], step.layer.weight.shape[0]))
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.parts.rows.dtype
+        step = self._pending
+        if not isinstance(step, _Activation):
+            return self.parts.rows.dtype
+        return step.source.dtype if step.layer is None else step.layer.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -316,7 +370,10 @@ class Jet:
 
     def dim(self) -> int:
         # A layer keeps the number of dimensions, and asked for that, as every BatchNorm does, need not run.
-        return self._pending.source.dim() if isinstance(self._pending, Layer) else len(self.shape)
+        step = self._pending
+        if isinstance(step, _Activation) and step.layer is not None:
+            return 2
+        return step.source.dim() if isinstance(step, (Layer, _Activation)) else len(self.shape)
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -477,7 +534,7 @@ def _enter_layer(function: Callable[..., Tensor]) -> None:
         if (weight.dim() != 2 or input.dim() < 2) if function is F.linear else input.dim() != weight.dim():
             return NotImplemented
         if isinstance(input.pending, Layer):
-            _ = input.parts  # so that no more than the last activation and the last layer wait
+            _ = input.parts  # so that no two layers wait without an activation between them
         return input.then(Layer(input, function, weight, bias, arguments, options))
 
     _OF_ONE[function] = layer
@@ -813,11 +870,19 @@ def _unbind(input: Any, dim: int = 0) -> Any:
 def _cat(tensors: Any, dim: int = 0) -> Any:
     like = next(t for t in tensors if isinstance(t, Jet))
     mixes = dim % like.dim() == 0
+    _run_layers(*tensors)
     parts = [t.parts if isinstance(t, Jet) else constant(t, like) for t in tensors]
     if mixes or any(p.directions is None for p in parts):
         return like.like(Parts(torch.cat([p.joint().rows for p in parts], _behind(dim))))
     rows, directions = [p.rows for p in parts], [p.directions for p in parts if p.directions is not None]
     return like.like(Parts(torch.cat(rows, _behind(dim)), torch.cat(directions, _behind(dim))))
+
+
+def _run_layers(*values: Any) -> None:
+    """Run the layers that wait among these: another of them may be an activation of one, and would run it, too."""
+    for value in values:
+        if isinstance(value, Jet) and isinstance(value.pending, Layer):
+            _ = value.parts
 
 
 @_handles("stack", of=(torch,), table=_OF_SEVERAL)
@@ -888,6 +953,7 @@ def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
 
 
 def _sum(input: Jet, other: Jet) -> Jet:
+    _run_layers(input, other)
     a, b = input.parts, other.parts
     if a.directions is not None and b.directions is not None:
         return input.like(Parts(a.rows + b.rows, a.directions + b.directions))
@@ -919,6 +985,7 @@ def _mul(input: Any, other: Any) -> Any:
 
 
 def _product(input: Jet, other: Jet) -> Jet:
+    _run_layers(input, other)
     a, b = input.parts.joint().rows, other.parts.joint().rows
     return input.like(Parts(torch.cat([a[:1] * b[:1], a[:1] * b[1:] + b[:1] * a[1:]])))
 

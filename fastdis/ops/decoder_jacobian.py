@@ -23,9 +23,10 @@ def decoder_jacobian(decoder: Callable[[Tensor], Tensor], z: Tensor, *, backend:
 
     Forward mode for all K latents at once: every layer maps the primal and its K tangents in one matrix product or
     convolution, activations are fused with biases and with their derivatives, and before the first activation the K
-    tangents, which all samples share there, are mapped once for the whole batch. The result is differentiated in
-    reverse mode at the cost of an ordinary backward pass over (1 + K) B rows, with no double backward: so a penalty of
-    the Jacobian, as in IRVAE (Lee et al., 2022) and FMVAE (Chen et al., 2020), trains the decoder.
+    tangents, which all samples share there, are mapped once for the whole batch. Linear layers and the activations
+    between them are one step of autograd. The result is differentiated in reverse mode at the cost of an ordinary
+    backward pass over (1 + K) B rows, with no double backward: so a penalty of the Jacobian, as in IRVAE (Lee et al.,
+    2022) and FMVAE (Chen et al., 2020), trains the decoder.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from fastdis.reference.tangent_activation import ACTIVATIONS as BY_NAME
 ACTIVATIONS = tuple(BY_NAME)
 PARAMETERS = {"leaky_relu": "negative_slope", "elu": "alpha", "softplus": "beta"}
 # Of these the sign of the output gives the slope, and there is no curvature: backward needs no input.
-_PIECEWISE_LINEAR = 3
+PIECEWISE_LINEAR = 3
 
 
 def tangent_activation(
@@ -125,7 +125,7 @@ class _TangentActivation(torch.autograd.Function):
         ctx.tangents = len(rows) - 1 if directions is None else len(directions)
         ctx.has_directions, ctx.has_bias = directions is not None, bias is not None
         # A piecewise linear activation shows its slope in the output, which lives on as the next layer's input.
-        kept = rows if activation >= _PIECEWISE_LINEAR else output[0] if split else output
+        kept = rows if activation >= PIECEWISE_LINEAR else output[0] if split else output
         ctx.save_for_backward(kept, *(t for t in (directions, bias) if t is not None))
         ctx.set_materialize_grads(False)
 
@@ -136,7 +136,7 @@ class _TangentActivation(torch.autograd.Function):
         activation, parameter, split, backend = ctx.options
         rows, *optional = ctx.saved_tensors
         statistics: tuple[Tensor, ...] = ()
-        if activation < _PIECEWISE_LINEAR:
+        if activation < PIECEWISE_LINEAR:
             statistics = (rows.unsqueeze(0) if split else rows[:1],)
             rows = statistics[0]
             if torch.is_grad_enabled() and not ctx.has_directions:
@@ -169,11 +169,11 @@ def _gradients(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     grads, inputs = tensors[: 1 + split], tensors[1 + split :]
     grad_primal, grad_tangents = grads if split else (grads[0][0], grads[0][1:])
-    if grad_tangents is None and not has_directions and activation < _PIECEWISE_LINEAR:
+    if grad_tangents is None and not has_directions and activation < PIECEWISE_LINEAR:
         grad_tangents = _autograd.stand_in((tangents, *grad_primal.shape), grad_primal)  # or nothing tells their number
     directions, bias = _named(has_directions, has_bias, inputs[1 : 1 + has_directions + has_bias])
     # The last of the tensors are the statistics: the output's primal where that is what backward reads.
-    saved = inputs[0] if activation >= _PIECEWISE_LINEAR else inputs[-1]
+    saved = inputs[0] if activation >= PIECEWISE_LINEAR else inputs[-1]
     drows, ddirections, dbias = _column.kernels[backend].backward(
         grad_primal, grad_tangents, saved, directions, bias, activation, parameter
     )
@@ -204,7 +204,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if directions is not None:
         count = 1
-    elif activation >= _PIECEWISE_LINEAR:
+    elif activation >= PIECEWISE_LINEAR:
         count = saved.shape[0]
     else:
         count = 1 if grad_tangents is None else 1 + grad_tangents.shape[0]
@@ -256,7 +256,7 @@ def _backward_vmap(op: Any) -> Callable[..., Any]:
         if grad_primal is not None:
             grad_primal = _batching.in_front(size, in_dims[0], grad_primal).flatten(0, 1)
         grad_tangents = _into_batch(size, in_dims[1], grad_tangents)
-        if activation < _PIECEWISE_LINEAR:
+        if activation < PIECEWISE_LINEAR:
             rows = _into_batch(size, in_dims[2], saved)
         else:
             rows, unmapped, unmapped_bias, _ = _unshared(size, in_dims[2:5], saved, directions, bias)

@@ -411,15 +411,38 @@ def test_no_copy_of_the_size_of_the_jacobian_and_no_gradient_twice(last):
     assert 9 * 700 not in recorder.sums  # the last weight's gradients add up in the products
 
 
+class Square(nn.Module):
+    """Ends a run of layers. (Not a LayerNorm: of that torch's own second derivatives of a Jacobian are wrong.)"""
+
+    def forward(self, x):
+        return x * x
+
+
+PERCEPTRONS = {
+    "linear": lambda bias=True: [nn.Tanh(), nn.ReLU(), nn.Linear(6, 5, bias=bias)],
+    "linear_after_a_curve": lambda bias=True: [nn.ReLU(), nn.SiLU(), nn.Linear(6, 5, bias=bias)],
+    "relu": lambda bias=True: [nn.Softplus(2.0), nn.GELU(), nn.Linear(6, 5, bias=bias), nn.ReLU()],
+    "sigmoid": lambda bias=True: [nn.LeakyReLU(0.2), nn.ELU(), nn.Linear(6, 5, bias=bias), nn.Sigmoid()],
+    "not_from_latents": lambda bias=True: [Square(), nn.ReLU(), nn.Linear(6, 5, bias=bias), nn.Sigmoid()],
+    "not_to_the_end": lambda bias=True: [nn.ReLU(), nn.SiLU(), nn.Linear(6, 6, bias=bias), nn.Tanh(), Square()],
+}
+
+
+def perceptron(name, bias=True):
+    first, second, *rest = PERCEPTRONS[name](bias)
+    return settled(Sequential(nn.Linear(3, 8, bias=bias), first, nn.Linear(8, 6), second, *rest))
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("frozen", [(), ("0",), ("2", "0"), ("4",)], ids=str)
+@pytest.mark.parametrize("frozen", [(), ("z",), ("0", "z"), ("2", "0"), ("2.bias", "4.weight"), ("4",)], ids=str)
 @pytest.mark.parametrize("of", ["x", "jacobian", "both"])
-def test_gradients_of_a_linear_last_layer(of, frozen, bias):
-    decoder = Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6), nn.SiLU(), nn.Linear(6, 5, bias=bias)).double()
-    for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] not in frozen)
-    z = latents().requires_grad_()
-    wanted = [z, *(p for p in decoder.parameters() if p.requires_grad)]
+@pytest.mark.parametrize("name", PERCEPTRONS)
+def test_gradients_of_perceptrons(name, of, frozen, bias):
+    decoder = perceptron(name, bias)
+    for place, parameter in decoder.named_parameters():
+        parameter.requires_grad_(place not in frozen and place.split(".")[0] not in frozen)
+    z = latents().requires_grad_("z" not in frozen)
+    wanted = [p for p in (z, *decoder.parameters()) if p.requires_grad]
 
     def gradients(jacobian):
         x, j = jacobian(decoder, z)
@@ -429,20 +452,86 @@ def test_gradients_of_a_linear_last_layer(of, frozen, bias):
     assert_equal(gradients(decoder_jacobian), gradients(reference))
 
 
-def test_second_derivatives_through_a_linear_last_layer():
-    decoder, z = mlp(nn.Tanh(), last=False).double(), latents().requires_grad_()
+@pytest.mark.parametrize("of", ["x", "jacobian", "both"])
+@pytest.mark.parametrize("name", PERCEPTRONS)
+def test_second_derivatives_of_perceptrons(name, of):
+    decoder, z = perceptron(name), latents().requires_grad_()
     wanted = [z, *decoder.parameters()]
 
     def second(jacobian):
         x, j = jacobian(decoder, z)
-        first = torch.autograd.grad(x.square().sum() + (j**3).sum(), wanted, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+        loss = (0 if of == "jacobian" else x.square().sum()) + (0 if of == "x" else (j**3).sum())
+        first = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
+        total = sum(g.square().sum() for g in first)
+        return torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
 
     assert_equal(second(decoder_jacobian), second(reference))
 
 
-def test_a_linear_last_layer_under_vmap_of_grad():
-    decoder = mlp(nn.SiLU(), last=False).double()
+@pytest.mark.parametrize("name", PERCEPTRONS)
+def test_many_gradients_of_perceptrons_at_once(name):
+    decoder, z = perceptron(name), latents().requires_grad_()
+    wanted = [z, *decoder.parameters()]
+    x, j = decoder_jacobian(decoder, z)
+    generator = torch.Generator().manual_seed(2)
+    u, v = (torch.randn(2, *t.shape, generator=generator, dtype=torch.float64) for t in (x, j))
+    both = torch.autograd.grad((x, j), wanted, (u, v), is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        assert_equal([g[i] for g in both], torch.autograd.grad((x, j), wanted, (u[i], v[i]), retain_graph=True))
+
+
+class Used(nn.Module):
+    """Outputs of layers and of activations that are used more than once, before or after what follows has run."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.norm = way, nn.LayerNorm(8, elementwise_affine=False)
+        self.first, self.second, self.third = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, z):
+        h = torch.tanh(self.first(z))
+        a = self.second(h)
+        y = {
+            "skip": lambda: F.relu(a) + h,
+            "skip_after_it_ran": lambda: self.norm(F.silu(a)) + h,
+            "swish": lambda: a * torch.sigmoid(a),
+            "hsiws": lambda: torch.sigmoid(a) * a,
+            "layer_after_it_ran": lambda: self.norm(torch.sigmoid(a)) * a,
+            "two_activations": lambda: torch.cat([F.relu(a), F.relu(-a)], 1)[:, 4:12],
+            "never_run": lambda: h,
+            "run_for_nothing": lambda: (h, self.norm(F.relu(a)))[0],
+        }[self.way]()
+        return self.third(F.relu(self.third(y)))
+
+
+@pytest.mark.parametrize(
+    ("way", "extra"),
+    [("skip", 0), ("skip_after_it_ran", 0), ("swish", 0), ("hsiws", 0), ("layer_after_it_ran", 1),
+     ("two_activations", 0), ("never_run", -1), ("run_for_nothing", 0)],
+)  # fmt: skip
+def test_what_is_used_twice_is_computed_once(way, extra):
+    decoder, z = settled(Used(way)), latents(10)
+    check(decoder, z)
+    with Recorder() as recorder:
+        decoder_jacobian(decoder, z)
+    # The latents' layer, two or so in the middle, and the last one's primal and tangents.
+    assert len(recorder.products) == 5 + extra
+
+
+def test_a_perceptron_is_one_step_of_autograd():
+    x, j = decoder_jacobian(mlp(nn.SiLU(), sizes=(3, 8, 9, 11, 7), last=False), latents(dtype=torch.float32))
+    names, left = set(), [x.grad_fn, j.grad_fn]
+    while left:
+        node = left.pop()
+        names.add(type(node).__name__)
+        left += [n for n, _ in node.next_functions if n is not None]
+    if compiled():
+        assert names == {"_PerceptronBackward", "TransposeBackward0", "AccumulateGrad"}
+
+
+@pytest.mark.parametrize("name", PERCEPTRONS)
+def test_perceptrons_under_vmap_of_grad(name):
+    decoder = perceptron(name)
     parameters = dict(decoder.named_parameters())
 
     def loss(parameters, z, u):
@@ -536,13 +625,49 @@ def test_autocast(last):
     assert all(g.dtype == torch.float32 for g in gradients)
 
 
+class Switching(nn.Module):
+    """A part without gradients, and one in or out of autocast, around what may wait."""
+
+    def __init__(self, autocast):
+        super().__init__()
+        self.net, self.last, self.autocast = mlp(nn.Tanh(), (3, 8, 8)), nn.Linear(8, 5), autocast
+
+    def forward(self, z):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            h = self.net(z)
+            with torch.no_grad():
+                scale = F.layer_norm(h, (8,)).shape[1]
+            return self.last(h) * scale
+
+
+def test_gradients_may_be_switched_off_and_on_on_the_way():
+    check(Switching(False).double(), latents())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("outside", [False, True])
+def test_autocast_may_be_switched_on_the_way(outside, inside):
+    decoder, z = Switching(inside), latents(dtype=torch.float32)
+    exact = outputs_and_gradients(reference, copy.deepcopy(decoder).double(), z.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+        ours = outputs_and_gradients(decoder_jacobian, decoder, z)
+    assert ours[0].dtype == ours[1].dtype == (torch.bfloat16 if inside else torch.float32)
+    for a, b in zip(ours, exact, strict=True):
+        assert (a - b).norm() <= (0.05 if inside else 1e-5) * b.norm()
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile_fullgraph(dynamic):
+@pytest.mark.parametrize("name", ["conv", "linear", "sigmoid"])
+def test_compile_fullgraph(name, dynamic):
     torch.compiler.reset()
-    decoder = settled(
-        Sequential(
-            nn.Linear(3, 8), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 3, 2), nn.BatchNorm2d(3), nn.ReLU(),
-            nn.Flatten(), nn.Linear(27, 6), nn.SiLU(), nn.Linear(6, 8), nn.Unflatten(1, (2, 4)),
+    decoder = (
+        perceptron(name)
+        if name in PERCEPTRONS
+        else settled(
+            Sequential(
+                nn.Linear(3, 8), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 3, 2), nn.BatchNorm2d(3), nn.ReLU(),
+                nn.Flatten(), nn.Linear(27, 6), nn.SiLU(), nn.Linear(6, 8), nn.Unflatten(1, (2, 4)),
+            )
         )
     )  # fmt: skip
     compiled = torch.compile(decoder_jacobian, fullgraph=True, dynamic=dynamic, backend="aot_eager")
