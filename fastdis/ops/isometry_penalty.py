@@ -80,7 +80,7 @@ class _IsometryPenalty(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        jacobian, *ctx.options = inputs
+        jacobian, ctx.kind, ctx.backend = inputs
         ctx.save_for_backward(jacobian, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -90,10 +90,10 @@ class _IsometryPenalty(torch.autograd.Function):
         if grad is None:
             return (None,) * 3
         jacobian, gram = ctx.saved_tensors
-        gradients = _autograd.backward(
-            partial(_backward_kernel, *ctx.options), partial(_reference, ctx.options[0]), (grad,), (jacobian,), (gram,)
-        )
-        return (*gradients, None, None)
+        if not torch.is_grad_enabled():
+            return _column.kernels[ctx.backend].backward(grad, jacobian, gram, ctx.kind), None, None
+        kernel = partial(_backward_kernel, ctx.kind, ctx.backend)
+        return *_autograd.backward(kernel, partial(_reference, ctx.kind), (grad,), (jacobian,), (gram,)), None, None
 
 
 def _backward_kernel(kind: int, backend: str, grad: Tensor, jacobian: Tensor, gram: Tensor) -> tuple[Tensor]:
