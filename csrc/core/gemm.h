@@ -102,7 +102,21 @@ FASTDIS_INLINE void multiply_pairs(const A* rows, int64_t row, int64_t count, in
   });
   Vector sum[tile * tile];
   for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA { sum[i] = reinterpret_cast<Vector*>(sums)[i]; });
-  for (int64_t d = 0; d < count; d += lanes) {
+  int64_t d = 0;
+  if constexpr (tile == 2) {  // four sums would wait for one another
+    constexpr int chains = Isa::vector_bytes == 64 ? 4 : 2;
+    Vector chain[4 * chains] = {};
+    for (; d + chains * lanes <= count; d += chains * lanes) {
+      for_each(std::make_integer_sequence<int, 4 * chains>{}, [&](auto i) FASTDIS_INLINE_LAMBDA {
+        const int64_t at = d + i / 4 * lanes;
+        chain[i] += *reinterpret_cast<const Vector*>(left[i / 2 % 2] + at) *
+                    *reinterpret_cast<const Vector*>(right[i % 2] + at);
+      });
+    }
+    for_each(std::make_integer_sequence<int, 4 * chains>{},
+             [&](auto i) FASTDIS_INLINE_LAMBDA { sum[i % 4] += chain[i]; });
+  }
+  for (; d < count; d += lanes) {
     Vector a[tile], b[tile];
     for_each(side, [&](auto i) FASTDIS_INLINE_LAMBDA {
       a[i] = *reinterpret_cast<const Vector*>(left[i] + d);

@@ -98,18 +98,20 @@ struct GramOfRows {
     constexpr int lanes = Isa::vector_bytes / sizeof(A);
     constexpr int64_t part = tile * tile * lanes;
     const int64_t tiles = (latents + tile - 1) / tile;
-    Buffer<A> sums(tiles * (tiles + 1) / 2 * part);
+    alignas(64) A one[part] = {};
+    Buffer<A> more(tiles == 1 ? 0 : tiles * (tiles + 1) / 2 * part);
+    A* const sums = tiles == 1 ? one : more.data();
     Chunk<T> chunk(chunk_of<A>(latents));
     for (int64_t first = 0; first < dimensions;) {
       first += chunk.read(rows + first, row, latents, dimensions - first);
-      A* to = sums.data();
+      A* to = sums;
       for (int64_t i = 0; i < tiles; ++i) {
         for (int64_t j = i; j < tiles; ++j, to += part) {
           multiply_pairs<Isa, A, tile>(chunk.rows, chunk.row, chunk.count, i * tile, j * tile, latents, to);
         }
       }
     }
-    const A* from = sums.data();
+    const A* from = sums;
     alignas(64) A products[tile * tile];
     for (int64_t i = 0; i < tiles; ++i) {
       for (int64_t j = i; j < tiles; ++j, from += part) {
@@ -180,17 +182,29 @@ struct MixRows {
   template <class Isa, int tile>
   static FASTDIS_INLINE void mix(const Chunk<T>& chunk, const A* matrix, int64_t latents, int64_t first, T* to,
                                  int64_t to_row, int64_t length, bool streamed) {
-    constexpr int64_t lanes = Isa::vector_bytes / sizeof(A);
     constexpr int width = Isa::vector_bytes == 64 ? 4 : 2;  // as many accumulators as registers allow
-    int64_t d = 0;
-    for (; d + width * lanes <= chunk.count; d += width * lanes) {
-      columns<Isa, tile, width>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
+    if (latents == tile) {
+      // A matrix of known size that no store can change: its numbers stay in registers.
+      A own[tile * tile];
+      std::copy_n(matrix, tile * tile, own);
+      return blocks<Isa, tile, width, true>(chunk, own, latents, first, to, to_row, length, streamed);
     }
-    for (; d < chunk.count; d += lanes)
-      columns<Isa, tile, 1>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
+    blocks<Isa, tile, width, false>(chunk, matrix, latents, first, to, to_row, length, streamed);
   }
 
-  template <class Isa, int tile, int W>
+  template <class Isa, int tile, int width, bool square>
+  static FASTDIS_INLINE void blocks(const Chunk<T>& chunk, const A* matrix, int64_t latents, int64_t first, T* to,
+                                    int64_t to_row, int64_t length, bool streamed) {
+    constexpr int64_t lanes = Isa::vector_bytes / sizeof(A);
+    int64_t d = 0;
+    for (; d + width * lanes <= chunk.count; d += width * lanes) {
+      columns<Isa, tile, width, square>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
+    }
+    for (; d < chunk.count; d += lanes)
+      columns<Isa, tile, 1, square>(chunk, matrix, latents, first, d, to, to_row, length, streamed);
+  }
+
+  template <class Isa, int tile, int W, bool square>
   static FASTDIS_INLINE void columns(const Chunk<T>& chunk, const A* matrix, int64_t latents, int64_t first, int64_t d,
                                      T* to, int64_t to_row, int64_t length, bool streamed) {
     typedef A Vector __attribute__((vector_size(Isa::vector_bytes), aligned(alignof(A)), may_alias));
@@ -200,15 +214,20 @@ struct MixRows {
     constexpr auto all = std::make_integer_sequence<int, tile * W>{};
     const A* factors[tile];
     for_each(std::make_integer_sequence<int, tile>{}, [&](auto i) FASTDIS_INLINE_LAMBDA {
-      factors[i] = matrix + std::min<int64_t>(first + i, latents - 1) * latents;
+      factors[i] = square ? matrix + i * tile : matrix + std::min<int64_t>(first + i, latents - 1) * latents;
     });
     Vector sum[tile * W] = {};
-    for (int64_t j = 0; j < latents; ++j) {
+    const auto add = [&](int64_t j) FASTDIS_INLINE_LAMBDA {
       Vector from[W];
       for_each(std::make_integer_sequence<int, W>{}, [&](auto w) FASTDIS_INLINE_LAMBDA {
         from[w] = *reinterpret_cast<const Vector*>(chunk.rows + j * chunk.row + d + w * lanes);
       });
       for_each(all, [&](auto i) FASTDIS_INLINE_LAMBDA { sum[i] += from[i % W] * factors[i / W][j]; });
+    };
+    if constexpr (square) {
+      for_each(std::make_integer_sequence<int, tile>{}, add);
+    } else {
+      for (int64_t j = 0; j < latents; ++j) add(j);
     }
     if constexpr (std::is_same_v<T, A>) {
       if (first + tile <= latents && d + W * lanes <= length) {
