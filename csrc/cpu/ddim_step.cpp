@@ -37,19 +37,13 @@ struct StepForward {
     for (; first < last; first += field_block) {
       const int64_t count = std::min(field_block, last - first);
       sum_fields(fields + first, weights, factors, size, count, sums);
+      const T* fresh = eta == nullptr ? zero_block<T> : eta + first;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const A e = load(noise + first, i) - s.d * sums[i];
         const A clean = (load(x + first, i) - s.d * e) * s.inverse;
         store(x0 + first, i, clean);
-        sums[i] = s.p * clean + s.q * e;
-      }
-      if (eta == nullptr) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) store(x_prev + first, i, sums[i]);
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) store(x_prev + first, i, sums[i] + s.sigma * load(eta + first, i));
+        store(x_prev + first, i, s.p * clean + s.q * e + s.sigma * load(fresh, i));
       }
     }
   }
@@ -62,25 +56,24 @@ struct StepBackward {
   static FASTDIS_INLINE void run(const T* grad_prev, const T* grad_x0, Step<accumulate_t<T>> s, T* dx, T* dnoise,
                                  T* dtotal, T* deta, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
-    A before[field_block], clean[field_block];
+    T unwanted[field_block];  // takes the gradients that are not asked for
     for (; first < last; first += field_block) {
       const int64_t count = std::min(field_block, last - first);
-      for (int64_t i = 0; i < count; ++i) before[i] = grad_prev == nullptr ? A(0) : load(grad_prev + first, i);
-      for (int64_t i = 0; i < count; ++i) clean[i] = grad_x0 == nullptr ? A(0) : load(grad_x0 + first, i);
+      const auto from = [&](const T* grad)
+                            FASTDIS_INLINE_LAMBDA { return grad == nullptr ? zero_block<T> : grad + first; };
+      const auto to = [&](T* grad) FASTDIS_INLINE_LAMBDA { return grad == nullptr ? unwanted : grad + first; };
+      const T *of_prev = from(grad_prev), *of_x0 = from(grad_x0);
+      T *of_x = to(dx), *of_noise = to(dnoise), *of_total = to(dtotal), *of_eta = to(deta);
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) clean[i] = (clean[i] + s.p * before[i]) * s.inverse;
-      if (dx != nullptr) write(dx + first, clean, A(1), count);
-      if (deta != nullptr) write(deta + first, before, s.sigma, count);
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) before[i] = s.q * before[i] - s.d * clean[i];
-      if (dnoise != nullptr) write(dnoise + first, before, A(1), count);
-      if (dtotal != nullptr) write(dtotal + first, before, -s.d, count);
+      for (int64_t i = 0; i < count; ++i) {
+        const A before = load(of_prev, i), clean = (load(of_x0, i) + s.p * before) * s.inverse;
+        const A e = s.q * before - s.d * clean;
+        store(of_x, i, clean);
+        store(of_noise, i, e);
+        store(of_total, i, -s.d * e);
+        store(of_eta, i, s.sigma * before);
+      }
     }
-  }
-
-  static FASTDIS_INLINE void write(T* to, const accumulate_t<T>* from, accumulate_t<T> factor, int64_t count) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) store(to, i, factor * from[i]);
   }
 };
 

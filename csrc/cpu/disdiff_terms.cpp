@@ -29,14 +29,14 @@ template <class T>
 struct TermsForward {
   // squares: of the selected field over the part.
   template <class Isa>
-  static FASTDIS_INLINE void run(const T* x, const T* noise, const T* fields, Terms<accumulate_t<T>> t, T* shifted,
-                                 T* x0, T* x0_selected, accumulate_t<T>* squares, int64_t selected, int64_t factors,
-                                 int64_t size, int64_t first, int64_t last) {
+  static FASTDIS_INLINE void run(const T* x, const T* noise, const T* fields, const accumulate_t<T>* ones,
+                                 Terms<accumulate_t<T>> t, T* shifted, T* x0, T* x0_selected, accumulate_t<T>* squares,
+                                 int64_t selected, int64_t factors, int64_t size, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     A sums[field_block], total = 0;
     for (; first < last; first += field_block) {
       const int64_t count = std::min(field_block, last - first);
-      sum_fields(fields + first, static_cast<const A*>(nullptr), factors, size, count, sums);
+      sum_fields(fields + first, ones, factors, size, count, sums);
       const T* field = fields + selected * size + first;  // still in cache
       A sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -61,39 +61,31 @@ struct TermsBackward {
                                  Terms<accumulate_t<T>> t, T* dx, T* dnoise, T* dfields, int64_t selected,
                                  int64_t factors, int64_t size, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
-    A shifted[field_block], clean[field_block], own[field_block];
+    A others[field_block], own[field_block];  // gradients of the fields that are not selected, and of the one that is
+    T unwanted[field_block];                  // takes the gradients that are not asked for
     for (; first < last; first += field_block) {
       const int64_t count = std::min(field_block, last - first);
-      read(grad_noise, first, count, shifted);
-      read(grad_x0, first, count, clean);
-      read(grad_selected, first, count, own);
+      const auto from = [&](const T* grad)
+                            FASTDIS_INLINE_LAMBDA { return grad == nullptr ? zero_block<T> : grad + first; };
+      const auto to = [&](T* grad) FASTDIS_INLINE_LAMBDA { return grad == nullptr ? unwanted : grad + first; };
+      const T *of_shifted = from(grad_noise), *of_x0 = from(grad_x0), *of_selected = from(grad_selected);
+      T *of_x = to(dx), *of_noise = to(dnoise);
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) clean[i] = (clean[i] + own[i]) * t.inverse;
-      if (dx != nullptr) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) store(dx + first, i, clean[i]);
+      for (int64_t i = 0; i < count; ++i) {
+        const A shifted = load(of_shifted, i), guided = load(of_selected, i);
+        const A clean = (load(of_x0, i) + guided) * t.inverse;
+        store(of_x, i, clean);
+        store(of_noise, i, shifted - t.d * clean);
+        others[i] = t.shift * shifted;
+        own[i] = others[i] + t.guidance * guided;
       }
-      if (dnoise != nullptr) {
+      for (int64_t n = 0; dfields != nullptr && n < factors; ++n) {
+        const A* gradient = n == selected ? own : others;
+        T* of_field = dfields + n * size + first;
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) store(dnoise + first, i, shifted[i] - t.d * clean[i]);
-      }
-      if (dfields == nullptr) continue;
-      for (int64_t n = 0; n < factors; ++n) {
-        const A guidance = n == selected ? t.guidance : A(0);
-        T* to = dfields + n * size + first;
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) store(to, i, t.shift * shifted[i] + guidance * own[i]);
+        for (int64_t i = 0; i < count; ++i) store(of_field, i, gradient[i]);
       }
     }
-  }
-
-  static FASTDIS_INLINE void read(const T* from, int64_t first, int64_t count, accumulate_t<T>* to) {
-    if (from == nullptr) {
-      std::fill_n(to, count, accumulate_t<T>(0));
-      return;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) to[i] = load(from + first, i);
   }
 };
 
@@ -124,11 +116,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> disdiff_terms_forward(const Tensor& x
     // A part's sum of squares stands where its first block would: parts are summed in their order.
     const int64_t blocks = (shape.size + field_block - 1) / field_block;
     std::vector<A> squares(std::max<int64_t>(1, shape.batch * blocks), A(0));
+    const FieldWeights<A> ones(std::nullopt, shape.factors);
     for_each_part(shape, shape.factors + 5, [&](int64_t b, int64_t first, int64_t last) {
       const int64_t at = b * shape.size;
       multiversion<TermsForward<T>>(data<T>(from) + at, data<T>(predicted) + at, data<T>(f) + at * shape.factors,
-                                    Terms<A>(a, p, b), mutable_data<T>(shifted) + at, mutable_data<T>(x0) + at,
-                                    mutable_data<T>(x0_selected) + at,
+                                    ones.of(b), Terms<A>(a, p, b), mutable_data<T>(shifted) + at,
+                                    mutable_data<T>(x0) + at, mutable_data<T>(x0_selected) + at,
                                     squares.data() + b * blocks + first / field_block, data<int64_t>(c)[b],
                                     shape.factors, shape.size, first, last);
     });

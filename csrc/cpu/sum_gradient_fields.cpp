@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> sum_gradient_fields_backward(const Tensor& grad, cons
     if (for_fields) {
       for_each_part(shape, 1 + distinct, [&](int64_t b, int64_t first, int64_t last) {
         for (int64_t n = 0; n < distinct; ++n) {
-          const A factor = data<A>(c)[b] * (each.values == nullptr ? A(1) : each.of(b)[n]);
+          const A factor = data<A>(c)[b] * each.of(b)[n];
           multiversion<Scale<T>>(data<T>(g) + b * shape.size, factor,
                                  mutable_data<T>(dfields) + (b * distinct + n) * shape.size, first, last);
         }
