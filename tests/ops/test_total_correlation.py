@@ -28,7 +28,9 @@ class TestTotalCorrelation(ColumnSuite):
         return [
             posteriors("mws", 5, 3),
             posteriors("mss", 6, 4, estimator="mss", slow_in_interpreter=True),
-            posteriors("two_samples", 2, 2, estimator="mss", dataset_size=2, slow_in_interpreter=True),
+            # Of three latents: with two the total correlation is by chance below a hundredth of the log densities whose
+            # difference it is, and one rounding of these more than is allowed of it.
+            posteriors("two_samples", 2, 3, estimator="mss", dataset_size=2, slow_in_interpreter=True),
             posteriors("one_sample", 1, 2, slow_in_interpreter=True),
             posteriors("batches", 2, 5, 3, estimator="mss", slow_in_interpreter=True),
             posteriors("tiles", 70, 3, estimator="mss", gradcheck=False, slow_in_interpreter=True),
