@@ -26,7 +26,8 @@ constexpr double half_log2_two_pi = 1.3257480647361593;  // log2(2 pi) / 2
 template <class A>
 struct Batch {
   int64_t size, latents, row;
-  Buffer<A> z, mean, precision, constant;
+  const A* z = nullptr;  // [B padded][K]: where they were, or a copy
+  Buffer<A> copied, mean, precision, constant;
   // The natural logarithm of most pairs' weight, and base-2 logarithms of what the pairs (i, i) and (i, i + 1) have
   // beyond that.
   double base;
@@ -37,7 +38,6 @@ struct Batch {
       : size(size_),
         latents(latents_),
         row(padded(size_, column_pad<A>)),
-        z(padded(size_, draws) * latents_),
         mean(latents_ * row),
         precision(latents_ * row),
         constant(latents_ * row, -std::numeric_limits<A>::infinity()),
@@ -67,7 +67,13 @@ struct Fill {
   static FASTDIS_INLINE void run(Batch<accumulate_t<T>>* batch, const T* z, const T* mean, const T* logvar) {
     using A = accumulate_t<T>;
     const int64_t latents = batch->latents, row = batch->row;
-    for (int64_t i = 0; i < batch->size * latents; ++i) batch->z[i] = load(z, i);
+    if (std::is_same_v<T, A> && batch->size % draws == 0) {
+      batch->z = reinterpret_cast<const A*>(z);
+    } else {
+      batch->copied.resize(padded(batch->size, draws) * latents);
+      for (int64_t i = 0; i < batch->size * latents; ++i) batch->copied[i] = load(z, i);
+      batch->z = batch->copied.data();
+    }
     for (int64_t j = 0; j < batch->size; ++j) {
       for (int64_t k = 0; k < latents; ++k) {
         const A log_variance = load(logvar, j * latents + k);
@@ -305,12 +311,22 @@ void batch_backward(const Batch<accumulate_t<T>>& batch, bool serial, const accu
   constexpr int64_t most = 16;  // parts: each has a sum for every draw
   const int64_t tiles = batch.row / column_pad<A>, latents = batch.latents;
   const int64_t parts = serial ? 1 : std::min<int64_t>({torch::stable::get_num_threads(), tiles, most});
-  Buffer<A> of_draws(parts * batch.size * latents), of_means(latents * batch.row), of_logvars(latents * batch.row);
+  // The first part's sums may stand where the result will, if they are of one type.
+  constexpr bool in_place = std::is_same_v<T, A>;
+  const int64_t elements = batch.size * latents;
+  Buffer<A> beside((parts - in_place) * elements), of_means(latents * batch.row), of_logvars(latents * batch.row);
+  if constexpr (in_place) std::fill_n(dz, elements, A(0));
+  const auto of_draws = [&](int64_t part) {
+    if constexpr (in_place) {
+      if (part == 0) return dz;
+    }
+    return beside.data() + (part - in_place) * elements;
+  };
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      multiversion<Backward<A>>(&batch, log_joint, log_marginals, factors,
-                                of_draws.data() + part * batch.size * latents, of_means.data(), of_logvars.data(),
-                                part * tiles / parts * column_pad<A>, (part + 1) * tiles / parts * column_pad<A>);
+      multiversion<Backward<A>>(&batch, log_joint, log_marginals, factors, of_draws(part), of_means.data(),
+                                of_logvars.data(), part * tiles / parts * column_pad<A>,
+                                (part + 1) * tiles / parts * column_pad<A>);
     }
   };
   if (parts == 1) {
@@ -323,7 +339,7 @@ void batch_backward(const Batch<accumulate_t<T>>& batch, bool serial, const accu
       const int64_t at = i * latents + k, by_dimension = k * batch.row + i;
       const A z = batch.z[at], d = z - batch.mean[by_dimension], u = d * batch.precision[by_dimension];
       A sum = 0;
-      for (int64_t part = 0; part < parts; ++part) sum += of_draws[part * batch.size * latents + at];
+      for (int64_t part = 0; part < parts; ++part) sum += of_draws(part)[at];
       store(dz, at, sum - factors.posterior * u - factors.prior * z);
       store(dmean, at, of_means[by_dimension] + factors.posterior * u);
       store(dlogvar, at, (of_logvars[by_dimension] + factors.posterior * (d * u - A(1))) / 2);
