@@ -19,14 +19,10 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         living = [unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args]
         return super(torch.autograd.Function, function).apply(*living)  # type: ignore[misc]
     return function.forward(*args)
-
-
-def _requires_grad(arg: Any) -> bool:
-    return isinstance(arg, Tensor) and arg.requires_grad
 
 
 class _DifferentiableBackward(torch.autograd.Function):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+KEPT_SIZE = 1024  # numbers in a constant that is kept
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,7 +35,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 def shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
     """Raise ValueError unless ``value`` has the wanted shape."""
-    if tuple(value.shape) != tuple(wanted):
+    if value.shape != wanted:
         raise ValueError(f"{name} has shape {list(value.shape)}; {meaning} = {list(wanted)} is needed")
 
 
@@ -51,36 +53,61 @@ def one_dtype(**tensors: Tensor) -> list[Tensor]:
     TypeError
         If the dtypes differ outside autocast.
     """
+    values = list(tensors.values())
+    for value in values:
+        if value.dtype != values[0].dtype:
+            break
+    else:
+        return values
     (first_name, first), *others = tensors.items()
-    if all(value.dtype == first.dtype for _, value in others):
-        return list(tensors.values())
     common = first.dtype
     for name, value in others:
         if value.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
             raise TypeError(f"{name} has dtype {value.dtype}; that of {first_name}, {first.dtype}, is needed")
         common = torch.promote_types(common, value.dtype)
-    return [value.to(common) for value in tensors.values()]
+    return [value.to(common) for value in values]
 
 
-def per_sample(name: str, value: Any, like_name: str, like: Tensor) -> Tensor:
-    """A number, a tensor [] or a tensor [B] as a tensor [B] in the statistics dtype of ``like`` [B, *].
+def per_sample(like_name: str, like: Tensor, **values: Any) -> list[Tensor]:
+    """Numbers, tensors [] or tensors [B], by name, as tensors [B] in the statistics dtype of ``like`` [B, *].
 
     Raises
     ------
     TypeError, ValueError
-        If it is none of these, or on another device.
+        If one is none of these, or on another device.
     """
-    dtype = statistics_dtype(like.dtype)
-    as_is = isinstance(value, Tensor) and value.dtype == dtype and value.shape == like.shape[:1]
-    if as_is and value.device == like.device:
-        return value  # soon, as most calls have it so
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.full((like.shape[0],), float(value), dtype=dtype, device=like.device)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; a tensor is needed, [B] or [], or a number")
-    floating(name, value)
-    same_device(name, value, like_name, like)
-    if value.dim() == 0:
-        value = value.expand(like.shape[0])
-    shape(name, value, (like.shape[0],), f"[B] of {like_name}")
-    return value.to(dtype)
+    dtype, size, device = statistics_dtype(like.dtype), like.shape[0], like.device
+    kept = like.is_cpu and size <= KEPT_SIZE and _plain()
+    found = []
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = (_kept_full if kept else _full)(size, float(value), dtype, device)
+        elif not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; a tensor is needed, [B] or [], or a number")
+        elif value.dtype != dtype or value.shape != (size,) or value.device != device:
+            floating(name, value)
+            same_device(name, value, like_name, like)
+            if value.dim() == 0:
+                value = value.expand(size)
+            shape(name, value, (size,), f"[B] of {like_name}")
+            value = value.to(dtype)
+        found.append(value)
+    return found
+
+
+def _plain() -> bool:
+    """Whether a tensor made now is one for everybody: none of a compiler's, a transform's or a mode's own."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.is_inference_mode_enabled()
+    )
+
+
+def _full(size: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((size,), value, dtype=dtype, device=device)
+
+
+# Not to be written to. Making a few numbers anew at every call would take longer than a small kernel.
+_kept_full = lru_cache(maxsize=64)(_full)

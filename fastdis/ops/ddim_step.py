@@ -90,10 +90,7 @@ def ddim_step(
     *stored, fields = check_fields(images, fields)
     x = stored[0]
     _check_schedule(alpha_bar, alpha_bar_prev, sigma, eta_noise)
-    schedule = [
-        _checks.per_sample(name, value, "x", x)
-        for name, value in (("alpha_bar", alpha_bar), ("alpha_bar_prev", alpha_bar_prev), ("sigma", sigma))
-    ]
+    schedule = _checks.per_sample("x", x, alpha_bar=alpha_bar, alpha_bar_prev=alpha_bar_prev, sigma=sigma)
     weights = check_weights(weights, fields)
     chosen = _column.choose(backend, x.device.type)
     (x, noise, *eta), fields, last = as_stored(stored, fields)
@@ -109,9 +106,10 @@ def ddim_step(
 
 def _check_schedule(alpha_bar: Any, alpha_bar_prev: Any, sigma: Any, eta_noise: Tensor | None) -> None:
     """Check what are numbers; looking into tensors would stall a GPU."""
-    for name, value, low in (("alpha_bar", alpha_bar, "("), ("alpha_bar_prev", alpha_bar_prev, "[")):
-        if isinstance(value, (int, float)) and not (0 <= value <= 1 and (value > 0 or low == "[")):
-            raise ValueError(f"{name} is {value}; a number in {low}0, 1] is needed")
+    if isinstance(alpha_bar, (int, float)) and not 0 < alpha_bar <= 1:
+        raise ValueError(f"alpha_bar is {alpha_bar}; a number in (0, 1] is needed")
+    if isinstance(alpha_bar_prev, (int, float)) and not 0 <= alpha_bar_prev <= 1:
+        raise ValueError(f"alpha_bar_prev is {alpha_bar_prev}; a number in [0, 1] is needed")
     if isinstance(sigma, (int, float)):
         most = math.sqrt(1 - alpha_bar_prev) if isinstance(alpha_bar_prev, (int, float)) else 1.0
         if not 0 <= sigma <= most * (1 + 1e-6):

@@ -95,11 +95,11 @@ def disdiff_terms(
     _checks.same_device("selected", selected, "x", x)
     if fields.shape[1] == 0:
         raise ValueError(f"fields has shape {list(fields.shape)}; at least one field is needed")
-    for name, value, high in (("alpha_bar", alpha_bar, ")"), ("alpha_bar_prev", alpha_bar_prev, "]")):
-        if isinstance(value, (int, float)) and not (0 < value <= 1 and (value < 1 or high == "]")):
-            raise ValueError(f"{name} is {value}; a number in (0, 1{high} is needed")
-    alpha_bar = _checks.per_sample("alpha_bar", alpha_bar, "x", x)
-    alpha_bar_prev = _checks.per_sample("alpha_bar_prev", alpha_bar_prev, "x", x)
+    if isinstance(alpha_bar, (int, float)) and not 0 < alpha_bar < 1:
+        raise ValueError(f"alpha_bar is {alpha_bar}; a number in (0, 1) is needed")
+    if isinstance(alpha_bar_prev, (int, float)) and not 0 < alpha_bar_prev <= 1:
+        raise ValueError(f"alpha_bar_prev is {alpha_bar_prev}; a number in (0, 1] is needed")
+    alpha_bar, alpha_bar_prev = _checks.per_sample("x", x, alpha_bar=alpha_bar, alpha_bar_prev=alpha_bar_prev)
     chosen = _column.choose(backend, x.device.type)
     (x, noise), fields, last = as_stored((x, noise), fields)
     if chosen == "reference":

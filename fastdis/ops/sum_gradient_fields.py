@@ -66,7 +66,7 @@ def sum_gradient_fields(
     >>> shifted = sum_gradient_fields(noise, fields, -0.5)
     """
     noise, fields = check_fields({"noise": noise}, fields)
-    coefficient = _checks.per_sample("coefficient", coefficient, "noise", noise)
+    (coefficient,) = _checks.per_sample("noise", noise, coefficient=coefficient)
     weights = check_weights(weights, fields)
     chosen = _column.choose(backend, noise.device.type)
     (noise,), fields, last = as_stored((noise,), fields)
@@ -85,22 +85,27 @@ def check_fields(images: dict[str, Tensor], fields: Tensor) -> list[Tensor]:
     TypeError, ValueError
         As :func:`sum_gradient_fields`.
     """
-    (first_name, first), *others = images.items()
+    first_name, first = next(iter(images.items()))
     _checks.floating(first_name, first)
-    if first.dim() < 2:
-        raise ValueError(f"{first_name} has shape {list(first.shape)}; [B, *] with a dimension besides B is needed")
-    for name, image in others:
+    shape, device = first.shape, first.device
+    if len(shape) < 2:
+        raise ValueError(f"{first_name} has shape {list(shape)}; [B, *] with a dimension besides B is needed")
+    for name, image in images.items():
         _checks.floating(name, image)
-        _checks.shape(name, image, first.shape, f"that of {first_name}")
-        _checks.same_device(name, image, first_name, first)
+        if image.shape != shape:
+            _checks.shape(name, image, shape, f"that of {first_name}")
+        if image.device != device:
+            _checks.same_device(name, image, first_name, first)
     _checks.floating("fields", fields)
-    if fields.dim() != first.dim() + 1 or (fields.shape[0], *fields.shape[2:]) != tuple(first.shape):
-        batch, *rest = first.shape
+    found = fields.shape
+    if len(found) != len(shape) + 1 or found[0] != shape[0] or found[2:] != shape[1:]:
+        batch, *rest = shape
         raise ValueError(
-            f"fields has shape {list(fields.shape)}; [B, N, *] = [{', '.join(map(str, (batch, 'N', *rest)))}] as "
+            f"fields has shape {list(found)}; [B, N, *] = [{', '.join(map(str, (batch, 'N', *rest)))}] as "
             f"{first_name} has it is needed"
         )
-    _checks.same_device("fields", fields, first_name, first)
+    if fields.device != device:
+        _checks.same_device("fields", fields, first_name, first)
     return _checks.one_dtype(**images, fields=fields)
 
 
