@@ -76,7 +76,8 @@ class Contender:
 
     def time(self) -> None:
         if not self.slow:
-            self.run()  # or it would pay for the caches and the heap that the contender before it left
+            for _ in range(self.repeats):
+                self.run()  # or it would pay for the caches and the heap that the contender before it left
         started = time.perf_counter()
         for _ in range(self.repeats):
             self.run()
