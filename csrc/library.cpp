@@ -46,7 +46,8 @@ STABLE_TORCH_LIBRARY(fastdis, m) {
   m.def(
       "ddim_step_forward(Tensor x, Tensor noise, Tensor fields, Tensor alpha_bar, Tensor alpha_bar_prev, "
       "Tensor sigma, Tensor? weights, Tensor? eta_noise) -> (Tensor, Tensor)");
-  // At least one grad. dx, dnoise, dtotal (of the weighted sum of fields), deta_noise [B, *], each empty unless asked.
+  // At least one grad. dx, dnoise, deta_noise [B, *]; dtotal [B, 1, *], of the weighted sum of fields; each empty
+  // unless asked for.
   m.def(
       "ddim_step_backward(Tensor? grad_prev, Tensor? grad_x0, Tensor alpha_bar, Tensor alpha_bar_prev, "
       "Tensor sigma, bool for_x, bool for_noise, bool for_fields, bool for_eta_noise) "

@@ -91,13 +91,16 @@ def backward(
 
     Returns
     -------
-    dx, dnoise, dtotal, deta_noise : Tensor [B, *] or [0]
-        dtotal is of S; each is empty unless asked for.
+    dx, dnoise, deta_noise : Tensor [B, *] or [0]
+    dtotal : Tensor [B, 1, *] or [0]
+        Of S. Each is empty unless asked for.
     """
     grad_prev, grad_x0 = (None if g is None else g.contiguous() for g in (grad_prev, grad_x0))
     like = grad_x0 if grad_prev is None else grad_prev
     asked = (for_x, for_noise, for_fields, for_eta_noise)
-    gradients = tuple(like.new_empty(like.shape if there else 0) for there in asked)
+    total = (like.shape[0], 1, *like.shape[1:])
+    shapes = (like.shape, like.shape, total, like.shape)
+    gradients = tuple(like.new_empty(shape if there else 0) for shape, there in zip(shapes, asked, strict=True))
     if like.numel() == 0:
         return gradients
     schedule = [t.contiguous() for t in (alpha_bar, alpha_bar_prev, sigma)]

@@ -21,7 +21,7 @@ class KernelsAlone(torch.autograd.Function):
     def backward(ctx, grad_prev, grad_x0):
         kernel = _backends.columns()["ddim_step"].kernels["cpu"].backward
         dx, dnoise, dtotal, _ = kernel(grad_prev, grad_x0, *ctx.schedule, True, True, True, False)
-        return dx, dnoise, dtotal.unsqueeze(1).expand(ctx.shape), None
+        return dx, dnoise, dtotal.expand(ctx.shape), None
 
 
 def case(name, batch, factors, *size, eta=False, targets, quick=False):

@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ddim_step_backward(const std::optiona
   const Tensor a = make_contiguous(alpha_bar), p = make_contiguous(alpha_bar_prev), s = make_contiguous(sigma);
   return dispatch_floating(grad, "grad", [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     Tensor dx = empty_image_if(for_x, grad), dnoise = empty_image_if(for_noise, grad);
-    Tensor dtotal = empty_image_if(for_fields, grad), deta = empty_image_if(for_eta_noise, grad);
+    Tensor dtotal = for_fields ? empty_fields(grad, 1) : empty(grad, {0}, grad.scalar_type());
+    Tensor deta = empty_image_if(for_eta_noise, grad);
     for_each_part(shape, 4, [&](int64_t b, int64_t first, int64_t last) {
       const int64_t at = b * shape.size;
       const auto to = [&](bool wanted, const Tensor& t) { return wanted ? mutable_data<T>(t) + at : nullptr; };

@@ -177,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(const std::optional<Ten
   const auto grad_x0 = checked_like(kOp, "grad_x0", grad_x0_, like);
   const ScheduleTensors schedule(alpha_bar, alpha_bar_prev, sigma, like);
   const Tensor dx = empty_or_none(like, for_x), dnoise = empty_or_none(like, for_noise);
-  const Tensor dtotal = empty_or_none(like, for_fields), deta_noise = empty_or_none(like, for_eta_noise);
+  const Tensor dtotal = torch::stable::new_empty(like, for_fields ? fields_size(like, 1) : std::vector<int64_t>{0});
+  const Tensor deta_noise = empty_or_none(like, for_eta_noise);
   dispatch(kOp, like.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     backward<T>({input_or_null<T>(grad_prev), input_or_null<T>(grad_x0), schedule.schedule<Accumulate<T>>(),

@@ -189,10 +189,10 @@ def _gradients(
     dfields = dweights = None
     if weights is not None and (needs[2] or needs[6]):
         one, kept = torch.ones_like(schedule[0]), fields if needs[6] else None
-        dfields, products = field_gradients(backend, dtotal, shape, kept, one, weights, needs[2])
+        dfields, products = field_gradients(backend, dtotal.squeeze(1), shape, kept, one, weights, needs[2])
         dweights = weight_gradient(products, one, weights) if needs[6] else None
     elif needs[2]:
-        dfields = dtotal.unsqueeze(1).expand(shape)
+        dfields = dtotal.expand(shape)
     dschedule: tuple[Tensor | None, ...] = (None, None, None)
     if any(needs[3:6]):
         assert x is not None
@@ -268,9 +268,13 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad = grad_x0 if grad_prev is None else grad_prev
     assert grad is not None
-    wanted = (for_x, for_noise, for_fields, for_eta_noise)
-    dx, dnoise, dtotal, deta = (grad.new_empty(grad.shape if there else (0,)) for there in wanted)
-    return dx, dnoise, dtotal, deta
+    nothing = (0,)
+    return (
+        grad.new_empty(grad.shape if for_x else nothing),
+        grad.new_empty(grad.shape if for_noise else nothing),
+        grad.new_empty((grad.shape[0], 1, *grad.shape[1:]) if for_fields else nothing),
+        grad.new_empty(grad.shape if for_eta_noise else nothing),
+    )
 
 
 def _forward_vmap(op: Any) -> Callable[..., Any]:

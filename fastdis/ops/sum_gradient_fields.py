@@ -87,16 +87,20 @@ def check_fields(images: dict[str, Tensor], fields: Tensor) -> list[Tensor]:
     """
     first_name, first = next(iter(images.items()))
     _checks.floating(first_name, first)
-    shape, device = first.shape, first.device
+    shape, dtype, device, alike = first.shape, first.dtype, first.device, True
     if len(shape) < 2:
         raise ValueError(f"{first_name} has shape {list(shape)}; [B, *] with a dimension besides B is needed")
     for name, image in images.items():
-        _checks.floating(name, image)
+        if not isinstance(image, Tensor) or image.dtype is not dtype:
+            _checks.floating(name, image)
+            alike = False
         if image.shape != shape:
             _checks.shape(name, image, shape, f"that of {first_name}")
         if image.device != device:
             _checks.same_device(name, image, first_name, first)
-    _checks.floating("fields", fields)
+    if not isinstance(fields, Tensor) or fields.dtype is not dtype:
+        _checks.floating("fields", fields)
+        alike = False
     found = fields.shape
     if len(found) != len(shape) + 1 or found[0] != shape[0] or found[2:] != shape[1:]:
         batch, *rest = shape
@@ -106,7 +110,7 @@ def check_fields(images: dict[str, Tensor], fields: Tensor) -> list[Tensor]:
         )
     if fields.device != device:
         _checks.same_device("fields", fields, first_name, first)
-    return _checks.one_dtype(**images, fields=fields)
+    return [*images.values(), fields] if alike else _checks.one_dtype(**images, fields=fields)
 
 
 def check_weights(weights: Tensor | None, fields: Tensor) -> Tensor | None:

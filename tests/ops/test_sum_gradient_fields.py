@@ -1,9 +1,13 @@
+import uuid
+
 import pytest
 import torch
 from column_suite import ColumnSuite, Sample
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdis
 from fastdis import reference
+from fastdis.ops import _checks
 
 
 def draw(*size, seed=5):
@@ -68,6 +72,35 @@ def test_channels_last_images_stay_so_and_are_not_copied():
     shifted = fastdis.sum_gradient_fields(noise, fields, 0.5)
     assert shifted.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(shifted, reference.sum_gradient_fields(noise, fields, 0.5))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_any_number_of_factors(weighted):
+    """The CPU kernel reads ten fields at a time."""
+    for factors in range(32):
+        noise, fields = draw(2, 67, seed=1).float(), draw(2, factors, 67, seed=2).float()
+        weights = draw(factors, seed=3).float() if weighted else None
+        shifted = fastdis.sum_gradient_fields(noise, fields, -0.5, weights=weights)
+        exact = reference.sum_gradient_fields(noise.double(), fields.double(), -0.5, weights=weights)
+        torch.testing.assert_close(shifted.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
+def test_a_number_that_was_first_met_under_a_mode_serves_outside_of_it(mode):
+    number = uuid.uuid4().int / 2**128  # new in this process
+    with mode():
+        fastdis.sum_gradient_fields(torch.zeros(2, 5), torch.zeros(2, 3, 5), number)
+    noise, fields = torch.randn(2, 5), torch.randn(2, 3, 5, requires_grad=True)
+    shifted = fastdis.sum_gradient_fields(noise, fields, number)
+    torch.testing.assert_close(torch.autograd.grad(shifted.sum(), fields)[0], torch.full_like(fields, number))
+
+
+def test_a_number_that_was_first_met_under_a_transform_is_not_kept_in_its_wrapper():
+    number = uuid.uuid4().int / 2**128
+    noise, fields = torch.randn(2, 5), torch.randn(2, 3, 5)
+    torch.func.grad(lambda fields: fastdis.sum_gradient_fields(noise, fields, number).sum())(fields)
+    (kept,) = _checks.per_sample("noise", noise, coefficient=number)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(kept)
 
 
 def test_bad_arguments_are_refused_by_name():
