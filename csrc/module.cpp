@@ -49,6 +49,7 @@ py::dict build_info() {
   info["cuda"] = FASTDIS_STRING(FASTDIS_BUILD_CUDA);
   info["cuda_architectures"] = FASTDIS_STRING(FASTDIS_BUILD_CUDA_ARCHITECTURES);
   info["debug"] = static_cast<bool>(FASTDIS_BUILD_DEBUG);
+  info["processor"] = fastdis::processor();
   info["isa_compiled"] = std::vector<std::string>(fastdis::isa_names, fastdis::isa_names + fastdis::isa_compiled);
   info["isa_highest_here"] = fastdis::isa_names[static_cast<int>(fastdis::highest_isa())];
   info["isa_in_use"] = fastdis::isa_names[static_cast<int>(fastdis::isa())];

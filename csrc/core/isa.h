@@ -52,6 +52,16 @@ inline IsaLevel highest_isa() {
   return IsaLevel::baseline;
 }
 
+// Who made this machine's processor, as far as it matters.
+inline const char* processor() {
+#if FASTDIS_MULTIVERSIONED
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return "Intel";
+  if (__builtin_cpu_is("amd")) return "AMD";
+#endif
+  return "other";
+}
+
 // The level in use: the highest that this machine has, or the one that FASTDIS_ISA names.
 inline IsaLevel choose_isa() {
   const IsaLevel highest = highest_isa();

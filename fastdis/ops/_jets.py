@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdis.ops import _checks, _perceptron
+from fastdis.ops import _checks, _perceptron, _products
 from fastdis.ops.tangent_activation import tangent_activation
 
 
@@ -137,6 +137,8 @@ class Layer(NamedTuple):
         return self._replace(weight=weight.to(self.weight.dtype), bias=bias.to(self.weight.dtype))
 
     def _call(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.function is F.linear:
+            return _products.linear(x, self.weight, bias)
         if self.function in _IMAGES and x.device.type == "cpu" and x.dtype != torch.float64:
             x = x.contiguous(memory_format=torch.channels_last)  # transposed convolutions are up to thrice as fast so
         return self.function(x, self.weight, bias, *self.arguments, **self.options)

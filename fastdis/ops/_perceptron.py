@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdis import reference
-from fastdis.ops import _autograd, _backends
+from fastdis.ops import _autograd, _backends, _products
 from fastdis.ops.tangent_activation import ACTIVATIONS, PIECEWISE_LINEAR
 
 _kernels = _backends.columns()["tangent_activation"].kernels
@@ -102,6 +102,14 @@ def linear_of_pair(primal: Tensor, tangents: Tensor, weight: Tensor, bias: Tenso
     return outputs
 
 
+def folded_gram(tangents: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """Gram matrices [B, K, K] of what a linear layer [D, H] makes of tangents [K, B, H], which is not formed."""
+    if backend == "reference":
+        return _folded_reference(tangents, weight)
+    gram: Tensor = _autograd.apply(_FoldedGram, tangents, weight)[0]
+    return gram
+
+
 class _Perceptron(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -111,12 +119,12 @@ class _Perceptron(torch.autograd.Function):
         products: list[Tensor] = []  # before curved activations
         for i, (step, weight, bias) in enumerate(plan.by_layer(tensors)):
             if step.activation is None:
-                outputs += F.linear(rows[0], weight, bias), F.linear(rows[1:], weight)
+                outputs += _products.linear(rows[0], weight, bias), _products.linear(rows[1:], weight)
                 break
             if plan.latent and i == 0:
-                product, directions, offset = F.linear(rows, weight, bias), weight.mT, None
+                product, directions, offset = _products.linear(rows, weight, bias), weight.mT, None
             else:
-                product, directions, offset = F.linear(rows, weight), None, bias
+                product, directions, offset = _products.linear(rows, weight), None, bias
             rows = _kernels[plan.backend].forward(product, directions, offset, step.activation, step.parameter)
             outputs.append(rows)
             if step.curved:
@@ -206,11 +214,11 @@ def _gradients_of_step(
         step.activation, step.parameter,
     )  # fmt: skip
     flat = dproducts.reshape(-1, dproducts.shape[-1])
-    dweight = flat.mT @ rows.reshape(-1, rows.shape[-1]) if wanted[1] else None
+    dweight = _products.matmul(flat.mT, rows.reshape(-1, rows.shape[-1])) if wanted[1] else None
     if from_latents:
         dweight = None if dweight is None else dweight + ddirections.mT
         dbias = flat.sum(0) if wanted[2] else None
-    return dproducts @ weight if wanted[0] else None, dweight, dbias
+    return _products.matmul(dproducts, weight) if wanted[0] else None, dweight, dbias
 
 
 def _as_forward(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -252,7 +260,7 @@ class _LinearOfPair(torch.autograd.Function):
 
     @staticmethod
     def forward(primal: Tensor, tangents: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return F.linear(primal, weight, bias), F.linear(tangents, weight)
+        return _products.linear(primal, weight, bias), _products.linear(tangents, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -272,7 +280,8 @@ def _gradients_of_pair(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of primal, tangents, weight and bias: those that are needed and do depend on something."""
     dprimal, dtangents = (
-        grad @ weight if grad is not None and needed else None for grad, needed in zip(grads, needs, strict=False)
+        _products.matmul(grad, weight) if grad is not None and needed else None
+        for grad, needed in zip(grads, needs, strict=False)
     )
     dweight: Tensor | None = None
     for grad, rows in zip(grads, inputs, strict=True):
@@ -280,10 +289,50 @@ def _gradients_of_pair(
             continue
         left, right = grad.reshape(-1, grad.shape[-1]).mT, rows.reshape(-1, rows.shape[-1])
         if dweight is None:
-            dweight = left @ right
+            dweight = _products.matmul(left, right)
         elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             dweight = torch.addmm(dweight, left, right)
         else:
-            dweight.addmm_(left, right)
+            _products.add_matmul_(dweight, left, right)
     dbias = grads[0].sum(0) if needs[3] and grads[0] is not None else None
     return dprimal, dtangents, dweight, dbias
+
+
+class _FoldedGram(torch.autograd.Function):
+    """T (W^T W) T^T with two large products backward, where autograd would take four: all of it is symmetric."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tangents: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        pulled = _products.matmul(tangents, _products.matmul(weight.mT, weight))
+        return pulled.transpose(0, 1) @ tangents.permute(1, 2, 0), pulled
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        tangents, weight, pulled = ctx.saved_tensors
+        needs = (True, True) if torch.is_grad_enabled() else ctx.needs_input_grad
+        kernel = partial(_gradients_of_folded, needs)
+        with _as_forward(weight):
+            return _autograd.backward(kernel, _folded_reference, (grad,), (tangents, weight), (pulled,))
+
+
+def _gradients_of_folded(
+    needs: Sequence[bool], grad: Tensor, tangents: Tensor, weight: Tensor, pulled: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    symmetric = grad + grad.mT
+    dtangents = (symmetric @ pulled.transpose(0, 1)).transpose(0, 1) if needs[0] else None
+    if not needs[1]:
+        return dtangents, None
+    by_sample = tangents.transpose(0, 1)
+    weighted = (symmetric @ by_sample).flatten(0, 1)
+    return dtangents, _products.matmul(weight, _products.matmul(weighted.mT, by_sample.flatten(0, 1)))
+
+
+def _folded_reference(tangents: Tensor, weight: Tensor) -> Tensor:
+    return (tangents @ (weight.mT @ weight)).transpose(0, 1) @ tangents.permute(1, 2, 0)

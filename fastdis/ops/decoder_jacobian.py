@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdis.ops import _backends, _checks, _jets
+from fastdis.ops import _backends, _checks, _jets, _perceptron
 from fastdis.ops.isometry_penalty import isometry_penalty
 from fastdis.reference.isometry_penalty import KINDS, penalty_of_gram
 
@@ -153,7 +153,7 @@ def _folded_penalty(last: _jets.Layer, z: Tensor, kind: str) -> tuple[Tensor, Te
     # The metric's distance from the identity is a difference of nearly equal numbers: not in a half precision.
     with torch.autocast(x.device.type, enabled=False):
         weight, tangents = last.weight.to(dtype), tangents.to(dtype)
-        gram = (tangents @ (weight.mT @ weight)).transpose(0, 1) @ tangents.permute(1, 2, 0)
+        gram = _perceptron.folded_gram(tangents, weight, last.source.backend)
     return x, penalty_of_gram(gram, kind)
 
 
