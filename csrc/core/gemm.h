@@ -152,4 +152,19 @@ FASTDIS_INLINE void sum_lanes(const A* vectors, A* sums) {
   }
 }
 
+// The sum of a vector's lanes, by halves.
+template <class A, int half, class Vector, int... i>
+FASTDIS_INLINE A sum_of_half(const Vector& v, std::integer_sequence<int, i...> all) {
+  if constexpr (half == 0) {
+    return v[0];
+  } else {
+    const Vector folded = v + __builtin_shufflevector(v, v, (i + half) % static_cast<int>(sizeof...(i))...);
+    return sum_of_half<A, half / 2>(folded, all);
+  }
+}
+template <class A, class Vector, int... i>
+FASTDIS_INLINE A sum_of_lanes(const Vector& v, std::integer_sequence<int, i...> all) {
+  return sum_of_half<A, sizeof...(i) / 2>(v, all);
+}
+
 }  // namespace fastdis

@@ -14,6 +14,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "../core/gemm.h"
 #include "../core/image.h"
 #include "../core/tensor.h"
 
@@ -55,26 +56,6 @@ constexpr int64_t strip = 32;
 // Terms that are added one after the other before their sum joins the others: bounds the rounding of long float32 sums.
 constexpr int64_t plane_run = 8192, column_run = 128;
 
-// Sum of term(i) over n, in four independent chains so that the additions overlap.
-template <class A, class Term>
-FASTDIS_INLINE A sum_over(int64_t n, Term term) {
-  A total = 0;
-  for (int64_t first = 0; first < n; first += plane_run) {
-    const int64_t count = std::min(plane_run, n - first), quarter = count / 4;
-    A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t i = first; i < first + quarter; ++i) {
-      s0 += term(i);
-      s1 += term(i + quarter);
-      s2 += term(i + 2 * quarter);
-      s3 += term(i + 3 * quarter);
-    }
-    for (int64_t i = first + 4 * quarter; i < first + count; ++i) s0 += term(i);
-    total += (s0 + s1) + (s2 + s3);
-  }
-  return total;
-}
-
 // Channels-first statistics: sums[c] = sum over positions of x, or of (x - mean[c])^2 where `squares`.
 template <class A, bool squares>
 struct PlaneSums {
@@ -82,13 +63,36 @@ struct PlaneSums {
   static FASTDIS_INLINE void run(const A* x, Range range, const A* mean, A* sums) {
     const int64_t S = range.positions;
     for (int64_t c = range.begin; c < range.end; ++c) {
-      const A* plane = x + c * S;
-      const A center = squares ? mean[c] : A(0);
-      sums[c] = sum_over<A>(S, [=](int64_t i) FASTDIS_INLINE_LAMBDA {
-        const A value = plane[i] - center;
-        return squares ? value * value : value;
-      });
+      A sum = 0;
+      for (int64_t first = 0; first < S; first += plane_run) {
+        sum += of_run<Isa>(x + c * S + first, std::min(plane_run, S - first), squares ? mean[c] : A(0));
+      }
+      sums[c] = sum;
     }
+  }
+
+  // In vectors, because a reduction by the compiler adds the lanes up one after the other: for a small plane that takes
+  // longer than the plane itself.
+  template <class Isa>
+  static FASTDIS_INLINE A of_run(const A* x, int64_t n, A center) {
+    typedef A Vector __attribute__((vector_size(Isa::vector_bytes), aligned(alignof(A)), may_alias));
+    constexpr int64_t lanes = Isa::vector_bytes / sizeof(A);
+    const auto term = [&](int64_t i) FASTDIS_INLINE_LAMBDA {
+      const Vector value = *reinterpret_cast<const Vector*>(x + i) - center;
+      return squares ? value * value : value;
+    };
+    Vector sum = {};
+    int64_t i = 0;
+    for (; i + 4 * lanes <= n; i += 4 * lanes) {  // four terms to an addition that the next one waits for
+      sum += (term(i) + term(i + lanes)) + (term(i + 2 * lanes) + term(i + 3 * lanes));
+    }
+    for (; i + lanes <= n; i += lanes) sum += term(i);
+    A total = sum_of_lanes<A>(sum, std::make_integer_sequence<int, lanes>{});
+    for (; i < n; ++i) {
+      const A value = x[i] - center;
+      total += squares ? value * value : value;
+    }
+    return total;
   }
 };
 
