@@ -3,12 +3,14 @@
 import os
 import platform
 import time
+from functools import partial
 from statistics import median
 
 import pytest
 import torch
 
 import fastdis
+from fastdis.ops import _products
 
 THREADS = 2
 
@@ -50,13 +52,14 @@ def quick(request):
 
 @pytest.fixture(scope="session")
 def machine_rates():
-    """This machine's copy rate, read plus written, and its float32 matrix-product rate."""
+    """This machine's copy rate, read plus written, and its float32 matrix-product rate, by the faster library."""
     source = torch.randn(2**25)
     target = torch.empty_like(source)
     a = torch.randn(1024, 1024)
+    by_faster = partial(_products.matmul, a, a)
     return {
         "copy_bytes_per_second": best_rate(2 * source.nbytes, lambda: target.copy_(source)),
-        "gemm_flops_per_second": best_rate(2 * 1024**3, lambda: a @ a),
+        "gemm_flops_per_second": max(best_rate(2 * 1024**3, lambda: a @ a), best_rate(2 * 1024**3, by_faster)),
     }
 
 
