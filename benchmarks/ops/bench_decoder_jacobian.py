@@ -18,7 +18,7 @@ from torch.autograd import functional
 from torch.func import jacfwd, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdis.ops import _backends
+from fastdis.ops import _backends, _products
 from fastdis.ops.decoder_jacobian import decoder_isometry_penalty
 from fastdis.reference.isometry_penalty import isometry_penalty
 
@@ -132,11 +132,30 @@ class BenchDecoderJacobian:
             name: Contender(step(penalised, case.decoder, case.z, case.kind))
             for name, penalised in {**exact, **case.peers}.items()
         }
+        if self.by_onednn(case.decoder):
+            contenders["mkl"] = Contender(self.by_mkl(contenders["ours"].run))
         parameters = sum(p.nbytes for p in case.decoder.parameters())
         race(
             benchmark, contenders, EXACT, quick, self.floor(case), machine_rates, parameters + case.z.nbytes,
             op=self.name, case=case.name, direction=direction, backend=backend, error=error, targets=case.targets,
+            yardsticks=["mkl"] if "mkl" in contenders else [],
         )  # fmt: skip
+
+    @staticmethod
+    def by_onednn(decoder: nn.Module) -> bool:
+        """Whether we leave the products, all that oneDNN could do here, to another library than torch does."""
+        linear = not any(isinstance(m, nn.modules.conv._ConvNd) for m in decoder.modules())
+        return linear and _products._held_back
+
+    @staticmethod
+    def by_mkl(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        """Run the same with MKL's products, to show what the library is worth and what the rest."""
+
+        def without_onednn() -> tuple[Tensor, ...]:
+            with torch.backends.mkldnn.flags(enabled=False):
+                return run()
+
+        return without_onednn
 
     @staticmethod
     def floor(case: Case) -> tuple[float, float]:
