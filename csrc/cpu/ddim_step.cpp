@@ -15,15 +15,21 @@ template <class A>
 struct Step {
   A d, inverse, p, q, sigma;
 
-  Step(const Tensor& alpha_bar, const Tensor& alpha_bar_prev, const Tensor& sigma_, int64_t b) {
-    const A a = data<A>(alpha_bar)[b], previous = data<A>(alpha_bar_prev)[b];
-    sigma = data<A>(sigma_)[b];
+  Step(A a, A previous, A sigma_) : sigma(sigma_) {
     d = std::sqrt(1 - a);
     inverse = 1 / std::sqrt(a);
     p = std::sqrt(previous);
     const A left = 1 - previous - sigma * sigma;
     q = std::sqrt(left < 0 ? A(0) : left);
   }
+};
+
+// The schedule of a batch.
+template <class A>
+struct Schedule {
+  const A *alpha_bar, *alpha_bar_prev, *sigma;
+
+  Step<A> of(int64_t b) const { return {alpha_bar[b], alpha_bar_prev[b], sigma[b]}; }
 };
 
 template <class T>
@@ -84,18 +90,22 @@ std::tuple<Tensor, Tensor> ddim_step_forward(const Tensor& x, const Tensor& nois
   check_same_dtype(noise, "noise", x.scalar_type());
   check_same_dtype(fields, "fields", x.scalar_type());
   const FieldShape shape(x, fields.size(1));
-  const Tensor from = make_contiguous(x), predicted = make_contiguous(noise), f = make_contiguous(fields);
+  const Tensor given = make_contiguous(x), predicted = make_contiguous(noise), f = make_contiguous(fields);
   const Tensor a = make_contiguous(alpha_bar), p = make_contiguous(alpha_bar_prev), s = make_contiguous(sigma);
   const std::optional<Tensor> w = make_contiguous(weights), eta = make_contiguous(eta_noise);
   return dispatch_floating(x, "x", [&]<class T>() -> std::tuple<Tensor, Tensor> {
     using A = accumulate_t<T>;
     Tensor x_prev = empty_image(x), x0 = empty_image(x);
     const FieldWeights<A> each(w, shape.factors);
+    const Schedule<A> schedule{data<A>(a), data<A>(p), data<A>(s)};
+    const T *of_x = data<T>(given), *of_noise = data<T>(predicted), *of_fields = data<T>(f);
+    const T* of_eta = data_or_null<T>(eta);
+    T *to_prev = mutable_data<T>(x_prev), *to_clean = mutable_data<T>(x0);
     for_each_part(shape, shape.factors + 4, [&](int64_t b, int64_t first, int64_t last) {
       const int64_t at = b * shape.size;
-      multiversion<StepForward<T>>(data<T>(from) + at, data<T>(predicted) + at, data<T>(f) + at * shape.factors,
-                                   data_from<T>(eta, at), each.of(b), Step<A>(a, p, s, b), mutable_data<T>(x_prev) + at,
-                                   mutable_data<T>(x0) + at, shape.factors, shape.size, first, last);
+      multiversion<StepForward<T>>(of_x + at, of_noise + at, of_fields + at * shape.factors, from(of_eta, at),
+                                   each.of(b), schedule.of(b), to_prev + at, to_clean + at, shape.factors, shape.size,
+                                   first, last);
     });
     return {x_prev, x0};
   });
@@ -115,12 +125,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ddim_step_backward(const std::optiona
     Tensor dx = empty_image_if(for_x, grad), dnoise = empty_image_if(for_noise, grad);
     Tensor dtotal = for_fields ? empty_fields(grad, 1) : empty(grad, {0}, grad.scalar_type());
     Tensor deta = empty_image_if(for_eta_noise, grad);
+    using A = accumulate_t<T>;
+    const Schedule<A> schedule{data<A>(a), data<A>(p), data<A>(s)};
+    const T *of_prev = data_or_null<T>(before), *of_x0 = data_or_null<T>(clean);
+    T *to_x = data_if<T>(for_x, dx), *to_noise = data_if<T>(for_noise, dnoise);
+    T *to_total = data_if<T>(for_fields, dtotal), *to_eta = data_if<T>(for_eta_noise, deta);
     for_each_part(shape, 4, [&](int64_t b, int64_t first, int64_t last) {
       const int64_t at = b * shape.size;
-      const auto to = [&](bool wanted, const Tensor& t) { return wanted ? mutable_data<T>(t) + at : nullptr; };
-      multiversion<StepBackward<T>>(data_from<T>(before, at), data_from<T>(clean, at),
-                                    Step<accumulate_t<T>>(a, p, s, b), to(for_x, dx), to(for_noise, dnoise),
-                                    to(for_fields, dtotal), to(for_eta_noise, deta), first, last);
+      multiversion<StepBackward<T>>(from(of_prev, at), from(of_x0, at), schedule.of(b), from(to_x, at),
+                                    from(to_noise, at), from(to_total, at), from(to_eta, at), first, last);
     });
     return {dx, dnoise, dtotal, deta};
   });

@@ -16,13 +16,20 @@ template <class A>
 struct Terms {
   A shift, d, inverse, guidance;
 
-  Terms(const Tensor& alpha_bar, const Tensor& alpha_bar_prev, int64_t b) {
-    const A a = data<A>(alpha_bar)[b], previous = data<A>(alpha_bar_prev)[b];
+  Terms(A a, A previous) {
     d = std::sqrt(1 - a);
     shift = -std::sqrt(a / previous) * (1 - previous) / d;
     inverse = 1 / std::sqrt(a);
     guidance = (1 - a) * inverse;
   }
+};
+
+// The schedule of a batch.
+template <class A>
+struct Schedule {
+  const A *alpha_bar, *alpha_bar_prev;
+
+  Terms<A> of(int64_t b) const { return {alpha_bar[b], alpha_bar_prev[b]}; }
 };
 
 template <class T>
@@ -92,8 +99,9 @@ struct TermsBackward {
 void check_selected(const Tensor& selected, int64_t factors) {
   STD_TORCH_CHECK(selected.scalar_type() == ScalarType::Long, "selected has dtype ",
                   torch::headeronly::toString(selected.scalar_type()), "; int64 is needed");
+  const int64_t* factor = data<int64_t>(selected);
   for (int64_t b = 0; b < selected.numel(); ++b) {
-    const int64_t n = data<int64_t>(selected)[b];
+    const int64_t n = factor[b];
     STD_TORCH_CHECK(n >= 0 && n < factors, "selected[", b, "] is ", n, "; a factor from 0 to ", factors - 1,
                     " is needed");
   }
@@ -106,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> disdiff_terms_forward(const Tensor& x
   check_same_dtype(noise, "noise", x.scalar_type());
   check_same_dtype(fields, "fields", x.scalar_type());
   const FieldShape shape(x, fields.size(1));
-  const Tensor from = make_contiguous(x), predicted = make_contiguous(noise), f = make_contiguous(fields);
+  const Tensor given = make_contiguous(x), predicted = make_contiguous(noise), f = make_contiguous(fields);
   const Tensor a = make_contiguous(alpha_bar), p = make_contiguous(alpha_bar_prev), c = make_contiguous(selected);
   check_selected(c, shape.factors);
   return dispatch_floating(x, "x", [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
@@ -117,19 +125,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> disdiff_terms_forward(const Tensor& x
     const int64_t blocks = (shape.size + field_block - 1) / field_block;
     std::vector<A> squares(std::max<int64_t>(1, shape.batch * blocks), A(0));
     const FieldWeights<A> ones(std::nullopt, shape.factors);
+    const Schedule<A> schedule{data<A>(a), data<A>(p)};
+    const T *of_x = data<T>(given), *of_noise = data<T>(predicted), *of_fields = data<T>(f);
+    const int64_t* factor = data<int64_t>(c);
+    T *to_noise = mutable_data<T>(shifted), *to_clean = mutable_data<T>(x0), *to_own = mutable_data<T>(x0_selected);
+    A* to_weight = mutable_data<A>(weight);
     for_each_part(shape, shape.factors + 5, [&](int64_t b, int64_t first, int64_t last) {
       const int64_t at = b * shape.size;
-      multiversion<TermsForward<T>>(data<T>(from) + at, data<T>(predicted) + at, data<T>(f) + at * shape.factors,
-                                    ones.of(b), Terms<A>(a, p, b), mutable_data<T>(shifted) + at,
-                                    mutable_data<T>(x0) + at, mutable_data<T>(x0_selected) + at,
-                                    squares.data() + b * blocks + first / field_block, data<int64_t>(c)[b],
-                                    shape.factors, shape.size, first, last);
+      multiversion<TermsForward<T>>(of_x + at, of_noise + at, of_fields + at * shape.factors, ones.of(b),
+                                    schedule.of(b), to_noise + at, to_clean + at, to_own + at,
+                                    squares.data() + b * blocks + first / field_block, factor[b], shape.factors,
+                                    shape.size, first, last);
     });
     for (int64_t b = 0; b < shape.batch; ++b) {
       A sum = 0;
       for (int64_t i = 0; i < blocks; ++i) sum += squares[b * blocks + i];
-      const A guidance = Terms<A>(a, p, b).guidance;
-      mutable_data<A>(weight)[b] = guidance * guidance * (sum / static_cast<A>(shape.size));
+      const A guidance = schedule.of(b).guidance;
+      to_weight[b] = guidance * guidance * (sum / static_cast<A>(shape.size));
     }
     return {shifted, x0, x0_selected, weight};
   });
@@ -150,13 +162,18 @@ std::tuple<Tensor, Tensor, Tensor> disdiff_terms_backward(const std::optional<Te
   return dispatch_floating(grad, "grad", [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
     Tensor dx = empty_image_if(for_x, grad), dnoise = empty_image_if(for_noise, grad);
     Tensor dfields = for_fields ? empty_fields(grad, shape.factors) : empty(grad, {0}, grad.scalar_type());
+    using A = accumulate_t<T>;
+    const Schedule<A> schedule{data<A>(a), data<A>(p)};
+    const T *of_shifted = data_or_null<T>(of_noise), *of_clean = data_or_null<T>(of_x0);
+    const T* of_own = data_or_null<T>(of_selected);
+    const int64_t* factor = data<int64_t>(c);
+    T *to_x = data_if<T>(for_x, dx), *to_noise = data_if<T>(for_noise, dnoise);
+    T* to_fields = data_if<T>(for_fields, dfields);
     for_each_part(shape, 5 + shape.factors, [&](int64_t b, int64_t first, int64_t last) {
       const int64_t at = b * shape.size;
-      multiversion<TermsBackward<T>>(data_from<T>(of_noise, at), data_from<T>(of_x0, at), data_from<T>(of_selected, at),
-                                     Terms<accumulate_t<T>>(a, p, b), for_x ? mutable_data<T>(dx) + at : nullptr,
-                                     for_noise ? mutable_data<T>(dnoise) + at : nullptr,
-                                     for_fields ? mutable_data<T>(dfields) + at * shape.factors : nullptr,
-                                     data<int64_t>(c)[b], shape.factors, shape.size, first, last);
+      multiversion<TermsBackward<T>>(from(of_shifted, at), from(of_clean, at), from(of_own, at), schedule.of(b),
+                                     from(to_x, at), from(to_noise, at), from(to_fields, at * shape.factors), factor[b],
+                                     shape.factors, shape.size, first, last);
     });
     return {dx, dnoise, dfields};
   });

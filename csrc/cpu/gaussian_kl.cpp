@@ -102,7 +102,8 @@ Tensor gaussian_kl_forward(const Tensor& mean, const Tensor& logvar, const std::
     });
     if (reduction == none) {
       Tensor result = empty(mean, {batch}, mean.scalar_type());
-      for (int64_t b = 0; b < batch; ++b) store(mutable_data<T>(result), b, divergences[b]);
+      T* to = mutable_data<T>(result);
+      for (int64_t b = 0; b < batch; ++b) store(to, b, divergences[b]);
       return result;
     }
     double sum = 0;
@@ -135,10 +136,11 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_kl_backward(const Tensor& grad, cons
                                   w.data(), mutable_data<T>(dmean), mutable_data<T>(dlogvar),
                                   weights ? sums.data() + part * row : nullptr, latents, first, last);
     });
+    A* to = mutable_data<A>(dweights);
     for (int64_t k = 0; weights && k < latents; ++k) {
       double sum = 0;
       for (int64_t part = 0; part < parts.count; ++part) sum += sums[part * row + k];
-      mutable_data<A>(dweights)[k] = static_cast<A>(sum);
+      to[k] = static_cast<A>(sum);
     }
     return {dmean, dlogvar, dweights};
   });

@@ -121,10 +121,21 @@ inline std::optional<Tensor> make_contiguous(const std::optional<Tensor>& tensor
   return make_contiguous(*tensor);
 }
 
-// The elements of an optional image from `offset` on, or null.
+// To ask a tensor for its elements is a call into another library: once an op, not once a sample.
 template <class T>
-const T* data_from(const std::optional<Tensor>& tensor, int64_t offset) {
-  return tensor ? data<T>(*tensor) + offset : nullptr;
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+T* data_if(bool wanted, const Tensor& tensor) {
+  return wanted ? mutable_data<T>(tensor) : nullptr;
+}
+
+// The elements from `offset` on, or null if there are none.
+template <class T>
+T* from(T* elements, int64_t offset) {
+  return elements == nullptr ? nullptr : elements + offset;
 }
 
 }  // namespace fastdis

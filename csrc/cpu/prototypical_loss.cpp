@@ -128,7 +128,8 @@ std::tuple<Tensor, Tensor> prototypical_loss_forward(const Tensor& queries, cons
       if (static_cast<Reduction>(reduction) == Reduction::mean) total /= static_cast<double>(E * Q);
       store(mutable_data<T>(loss), 0, static_cast<A>(total));
     } else {
-      for (int64_t i = 0; i < E * Q; ++i) store(mutable_data<T>(loss), i, losses[i]);
+      T* to = mutable_data<T>(loss);
+      for (int64_t i = 0; i < E * Q; ++i) store(to, i, losses[i]);
     }
     return {loss, logsumexp};
   });
@@ -149,8 +150,9 @@ std::tuple<Tensor, Tensor> prototypical_loss_backward(const Tensor& grad, const 
     Tensor dqueries = empty(queries, {E, Q, D}, queries.scalar_type());
     Tensor dprototypes = empty(queries, {E, N, D}, queries.scalar_type());
     std::vector<A> grads(E * Q);
+    const T* of_loss = data<T>(g);
     for (int64_t i = 0; i < E * Q; ++i) {
-      const A value = load(data<T>(g), static_cast<Reduction>(reduction) == Reduction::none ? i : 0);
+      const A value = load(of_loss, static_cast<Reduction>(reduction) == Reduction::none ? i : 0);
       grads[i] = static_cast<Reduction>(reduction) == Reduction::mean ? value / static_cast<A>(E * Q) : value;
     }
     const int64_t row = padded(D, column_pad<A>), part = padded(N, row_pad) * row;

@@ -65,10 +65,13 @@ Tensor sum_gradient_fields_forward(const Tensor& noise, const Tensor& fields, co
     using A = accumulate_t<T>;
     Tensor to = empty_image(noise);
     const FieldWeights<A> each(w, shape.factors);
+    const T *of_noise = data<T>(from), *of_fields = data<T>(f);
+    const A* factor = data<A>(c);
+    T* target = mutable_data<T>(to);
     for_each_part(shape, shape.factors + 2, [&](int64_t b, int64_t first, int64_t last) {
       const int64_t at = b * shape.size;
-      multiversion<SumForward<T>>(data<T>(from) + at, data<T>(f) + at * shape.factors, data<A>(c)[b], each.of(b),
-                                  mutable_data<T>(to) + at, shape.factors, shape.size, first, last);
+      multiversion<SumForward<T>>(of_noise + at, of_fields + at * shape.factors, factor[b], each.of(b), target + at,
+                                  shape.factors, shape.size, first, last);
     });
     return to;
   });
@@ -87,22 +90,26 @@ std::tuple<Tensor, Tensor> sum_gradient_fields_backward(const Tensor& grad, cons
     Tensor products = f ? empty(grad, {shape.batch, shape.factors}, coefficient.scalar_type())
                         : empty(grad, {0}, coefficient.scalar_type());
     const FieldWeights<A> each(w, distinct);
+    const T* from = data<T>(g);
+    const A* factor = data<A>(c);
     if (for_fields) {
+      T* to = mutable_data<T>(dfields);
       for_each_part(shape, 1 + distinct, [&](int64_t b, int64_t first, int64_t last) {
         for (int64_t n = 0; n < distinct; ++n) {
-          const A factor = data<A>(c)[b] * each.of(b)[n];
-          multiversion<Scale<T>>(data<T>(g) + b * shape.size, factor,
-                                 mutable_data<T>(dfields) + (b * distinct + n) * shape.size, first, last);
+          multiversion<Scale<T>>(from + b * shape.size, factor[b] * each.of(b)[n], to + (b * distinct + n) * shape.size,
+                                 first, last);
         }
       });
     }
     if (f) {
+      const T* of_fields = data<T>(*f);
+      A* to = mutable_data<A>(products);
       const auto run = [&](int64_t begin, int64_t end) {
         std::vector<double> sums(shape.factors);
         for (int64_t b = begin; b < end; ++b) {
-          multiversion<Products<T>>(data<T>(g) + b * shape.size, data<T>(*f) + b * shape.factors * shape.size,
-                                    sums.data(), shape.factors, shape.size);
-          std::copy(sums.begin(), sums.end(), mutable_data<A>(products) + b * shape.factors);
+          multiversion<Products<T>>(from + b * shape.size, of_fields + b * shape.factors * shape.size, sums.data(),
+                                    shape.factors, shape.size);
+          std::copy(sums.begin(), sums.end(), to + b * shape.factors);
         }
       };
       if (f->numel() < serial_elements) {

@@ -382,10 +382,12 @@ Tensor tangent_activation_forward(const Tensor& rows, const std::optional<Tensor
   const Tensor offset = make_contiguous(bias ? *bias : rows);
   return dispatch_floating(rows, "rows", [&]<class T>() {
     Tensor to = empty(rows, sizes_with_rows(rows, 1 + layout.tangents), rows.scalar_type());
+    const T *rows_of = data<T>(from), *directions_of = directions ? data<T>(shared) : nullptr;
+    const T* bias_of = bias ? data<T>(offset) : nullptr;
+    T* target = mutable_data<T>(to);
     Walk(layout, directions.has_value(), false)([&](int64_t, int64_t at, int64_t first, int64_t count) {
-      multiversion<ForwardBlock<T>>(&layout, data<T>(from), directions ? data<T>(shared) : nullptr,
-                                    bias ? data<T>(offset) : nullptr, static_cast<accumulate_t<T>>(parameter),
-                                    mutable_data<T>(to), at, first, count);
+      multiversion<ForwardBlock<T>>(&layout, rows_of, directions_of, bias_of, static_cast<accumulate_t<T>>(parameter),
+                                    target, at, first, count);
     });
     return to;
   });
@@ -416,20 +418,22 @@ std::tuple<Tensor, Tensor, Tensor> tangent_activation_backward(
     const Walk walk(layout, directions.has_value(), directions.has_value());
     const int64_t row = padded(layout.channels, column_pad<A>);
     Buffer<A> of_directions(directions ? tangents * layout.sample() : 0), of_bias(bias ? walk.parts * row : 0);
+    const T* primal_of = grad_primal ? data<T>(of_primal) : nullptr;
+    const T* tangents_of = grad_tangents ? data<T>(of_tangents) : nullptr;
+    const T *saved_of = data<T>(from), *directions_of = directions ? data<T>(shared) : nullptr;
+    const T* bias_of = bias ? data<T>(offset) : nullptr;
+    T *to_rows = mutable_data<T>(drows), *to_directions = mutable_data<T>(ddirections),
+      *to_bias = mutable_data<T>(dbias);
     walk([&](int64_t part, int64_t at, int64_t first, int64_t count) {
-      multiversion<BackwardBlock<T>>(
-          &layout, grad_primal ? data<T>(of_primal) : nullptr, grad_tangents ? data<T>(of_tangents) : nullptr,
-          data<T>(from), directions ? data<T>(shared) : nullptr, bias ? data<T>(offset) : nullptr,
-          static_cast<A>(parameter), mutable_data<T>(drows), directions ? of_directions.data() : nullptr,
-          bias ? of_bias.data() + part * row : nullptr, at, first, count);
+      multiversion<BackwardBlock<T>>(&layout, primal_of, tangents_of, saved_of, directions_of, bias_of,
+                                     static_cast<A>(parameter), to_rows, directions ? of_directions.data() : nullptr,
+                                     bias ? of_bias.data() + part * row : nullptr, at, first, count);
     });
-    for (int64_t i = 0; i < static_cast<int64_t>(of_directions.size()); ++i) {
-      store(mutable_data<T>(ddirections), i, of_directions[i]);
-    }
+    for (int64_t i = 0; i < static_cast<int64_t>(of_directions.size()); ++i) store(to_directions, i, of_directions[i]);
     for (int64_t c = 0; bias && c < layout.channels; ++c) {
       A sum = 0;
       for (int64_t part = 0; part < walk.parts; ++part) sum += of_bias[part * row + c];
-      store(mutable_data<T>(dbias), c, sum);
+      store(to_bias, c, sum);
     }
     return {drows, ddirections, dbias};
   });
