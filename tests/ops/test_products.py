@@ -172,3 +172,16 @@ def test_folded_gram_matrices_under_vmap_and_for_one_input_alone():
     jacobian = (tangents @ weight.mT).transpose(0, 1)
     (exact,) = torch.autograd.grad((jacobian @ jacobian.mT).square().sum(), weight)
     torch.testing.assert_close(ours, exact)
+
+
+def test_folded_gram_matrices_compiled():
+    tangents = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    of = lambda t, w: _perceptron.folded_gram(t, w, "cpu").square().sum()  # noqa: E731
+    compiled = torch.compile(of, fullgraph=True)
+    for ours, exact in zip(
+        torch.autograd.grad(compiled(tangents, weight), (tangents, weight)),
+        torch.autograd.grad(of(tangents, weight), (tangents, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact)
