@@ -33,7 +33,7 @@ template <class Body>
 void for_each_part(const FieldShape& shape, int64_t read_per_element, const Body& body) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t blocks = (shape.size + field_block - 1) / field_block;
-  const bool serial = threads == 1 || shape.batch * shape.size * read_per_element < 8 * serial_elements;
+  const bool serial = threads == 1 || shape.batch * shape.size * read_per_element < 4 * serial_elements;
   const int64_t parts =
       serial || shape.batch >= threads
           ? 1
