@@ -145,7 +145,7 @@ class BenchDecoderJacobian:
     def by_onednn(decoder: nn.Module) -> bool:
         """Whether we leave the products, all that oneDNN could do here, to another library than torch does."""
         linear = not any(isinstance(m, nn.modules.conv._ConvNd) for m in decoder.modules())
-        return linear and _products._held_back
+        return linear and _products.MKL_HOLDS_BACK
 
     @staticmethod
     def by_mkl(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:

@@ -15,7 +15,7 @@ from fastdis.ops import _backends
 
 SMALLEST = 2**21  # multiplications from which on oneDNN's longer call pays
 
-_held_back = (
+MKL_HOLDS_BACK = (
     _backends.extension is not None
     and _backends.extension.build_info()["processor"] != "Intel"
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -48,7 +48,7 @@ def add_matmul_(to: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        _held_back
+        MKL_HOLDS_BACK
         and not torch.compiler.is_compiling()
         and rows.numel() * weight.shape[0] >= SMALLEST
         and rows.dtype == weight.dtype == torch.float32

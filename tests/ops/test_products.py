@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def held_back(monkeypatch):
-    monkeypatch.setattr(_products, "_held_back", True)
+    monkeypatch.setattr(_products, "MKL_HOLDS_BACK", True)
     monkeypatch.setattr(_products, "SMALLEST", 1)
 
 
