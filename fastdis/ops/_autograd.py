@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -17,9 +18,9 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     ``apply`` binds the signature of ``forward`` at every call, to fill in defaults: for a small input that takes longer
     than the kernel. Where nothing is to be differentiated, ``forward`` is all there is to call.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_dynamo_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return function.apply(*args)
-    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         living = [unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args]
         return super(torch.autograd.Function, function).apply(*living)  # type: ignore[misc]
     return function.forward(*args)

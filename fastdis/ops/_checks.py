@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-KEPT_SIZE = 1024  # numbers in a constant that is kept
+KEPT_SIZE, KEPT = 1024, 64  # numbers in a constant that is kept, and how many such constants there are at most
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,6 +37,16 @@ def shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> No
     """Raise ValueError unless ``value`` has the wanted shape."""
     if value.shape != wanted:
         raise ValueError(f"{name} has shape {list(value.shape)}; {meaning} = {list(wanted)} is needed")
+
+
+def beside(name: str, value: Any, wanted: tuple[int, ...], meaning: str, other_name: str, other: Tensor) -> None:
+    """Check all of a floating tensor: its dtype, its shape, and that it is on the device of another."""
+    # One step where nothing is wrong: what a call does before its kernel is read from memory where others run between.
+    if isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == wanted and value.device == other.device:
+        return
+    floating(name, value)
+    shape(name, value, wanted, meaning)
+    same_device(name, value, other_name, other)
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -76,15 +86,16 @@ def per_sample(like_name: str, like: Tensor, **values: Any) -> list[Tensor]:
     TypeError, ValueError
         If one is none of these, or on another device.
     """
-    dtype, size, device = statistics_dtype(like.dtype), like.shape[0], like.device
-    kept = like.is_cpu and size <= KEPT_SIZE and _plain()
+    size, dtype = like.shape[0], torch.float64 if like.dtype is torch.float64 else torch.float32
+    keeps = type(like) is Tensor and like.is_cpu and not is_dynamo_compiling()
     found = []
     for name, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = (_kept_full if kept else _full)(size, float(value), dtype, device)
+            constant = _kept.get((value, size, dtype)) if keeps else None
+            value = _constant(value, size, dtype, like, keeps) if constant is None else constant
         elif not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; a tensor is needed, [B] or [], or a number")
-        elif value.dtype != dtype or value.shape != (size,) or value.device != device:
+        elif value.dtype is not dtype or value.shape != (size,) or value.device != like.device:
             floating(name, value)
             same_device(name, value, like_name, like)
             if value.dim() == 0:
@@ -95,19 +106,24 @@ def per_sample(like_name: str, like: Tensor, **values: Any) -> list[Tensor]:
     return found
 
 
+# Not to be written to. Making a few numbers anew at every call would take longer than a small kernel.
+_kept: dict[tuple[float, int, torch.dtype], Tensor] = {}
+
+
+def _constant(value: float, size: int, dtype: torch.dtype, like: Tensor, keeps: bool) -> Tensor:
+    """[size] times the value beside ``like``, kept for the next call if it may be and is one for everybody."""
+    constant = torch.full((size,), float(value), dtype=dtype, device=like.device)
+    if keeps and size <= KEPT_SIZE and _plain():
+        if len(_kept) >= KEPT:
+            _kept.clear()
+        _kept[value, size, dtype] = constant
+    return constant
+
+
 def _plain() -> bool:
-    """Whether a tensor made now is one for everybody: none of a compiler's, a transform's or a mode's own."""
+    """Whether a tensor made now is none of a transform's or a mode's own."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.is_inference_mode_enabled()
     )
-
-
-def _full(size: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((size,), value, dtype=dtype, device=device)
-
-
-# Not to be written to. Making a few numbers anew at every call would take longer than a small kernel.
-_kept_full = lru_cache(maxsize=64)(_full)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -137,36 +137,38 @@ class _DisDiffTerms(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         selected, alpha_bar, alpha_bar_prev, *images = ctx.saved_tensors
-        if not ctx.keeps_images:
-            image = _autograd.stand_in(grad.shape, grad)
-            images = [image, image, _autograd.stand_in(ctx.shape, grad)]
-        needs = (True,) * 6 if torch.is_grad_enabled() else tuple(ctx.needs_input_grad[:6])
-        dx, dnoise, dfields, *dschedule = _autograd.backward(
-            partial(_gradients, ctx.backend, needs),
-            partial(_reference, selected),
-            grads,
-            (*images, alpha_bar, alpha_bar_prev),
-            (selected,),
-        )
-        return (dx, dnoise, dfields, None, *dschedule, None)
+        if not torch.is_grad_enabled():
+            arguments = (*grads, *(images or (None,) * 3), alpha_bar, alpha_bar_prev, selected)
+            gradients = _gradients(ctx.backend, ctx.needs_input_grad, ctx.shape, *arguments)
+        else:
+            if not images:
+                image = _autograd.stand_in(grad.shape, grad)
+                images = [image, image, _autograd.stand_in(ctx.shape, grad)]
+            gradients = _autograd.backward(
+                partial(_gradients, ctx.backend, (True,) * 6, ctx.shape),
+                partial(_reference, selected),
+                grads,
+                (*images, alpha_bar, alpha_bar_prev),
+                (selected,),
+            )
+        return (*gradients[:3], None, *gradients[3:], None)
 
 
 def _gradients(
-    backend: str, needs: tuple[bool, ...], grad_noise: Tensor | None, grad_x0: Tensor | None,
-    grad_selected: Tensor | None, x: Tensor, noise: Tensor, fields: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor,
-    selected: Tensor,
+    backend: str, needs: Sequence[bool], shape: tuple[int, ...], grad_noise: Tensor | None, grad_x0: Tensor | None,
+    grad_selected: Tensor | None, x: Tensor | None, noise: Tensor | None, fields: Tensor | None, alpha_bar: Tensor,
+    alpha_bar_prev: Tensor, selected: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, noise, fields, alpha_bar and alpha_bar_prev; the images only matter to the last two."""
     grads = (grad_noise, grad_x0, grad_selected)
     dx, dnoise, dfields = _column.kernels[backend].backward(
-        *grads, selected, alpha_bar, alpha_bar_prev, fields.shape[1], *needs[:3]
+        *grads, selected, alpha_bar, alpha_bar_prev, shape[1], needs[0], needs[1], needs[2]
     )
-    dschedule = (
-        _schedule_gradients(grads, x, noise, fields, selected, alpha_bar, alpha_bar_prev)
-        if any(needs[4:6])
-        else (None, None)
-    )
+    dschedule: tuple[Tensor | None, Tensor | None] = (None, None)
+    if (needs[4] or needs[5]) and x is not None and noise is not None and fields is not None:
+        dschedule = _schedule_gradients(grads, x, noise, fields, selected, alpha_bar, alpha_bar_prev)
     return (
-        dx if needs[0] else None, dnoise if needs[1] else None, dfields.expand(fields.shape) if needs[2] else None,
+        dx if needs[0] else None, dnoise if needs[1] else None, dfields.expand(shape) if needs[2] else None,
         *dschedule,
     )  # fmt: skip
 

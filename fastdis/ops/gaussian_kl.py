@@ -61,15 +61,11 @@ def gaussian_kl(
     _checks.floating("mean", mean)
     if mean.dim() != 2:
         raise ValueError(f"mean has shape {list(mean.shape)}; [B, K] is needed")
-    _checks.floating("logvar", logvar)
-    _checks.shape("logvar", logvar, mean.shape, "that of mean")
-    _checks.same_device("logvar", logvar, "mean", mean)
+    _checks.beside("logvar", logvar, mean.shape, "that of mean", "mean", mean)
     mean, logvar = _checks.one_dtype(mean=mean, logvar=logvar)
     chosen = _column.choose(backend, mean.device.type)
     if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.shape("weights", weights, mean.shape[1:], "[K] of mean")
-        _checks.same_device("weights", weights, "mean", mean)
+        _checks.beside("weights", weights, mean.shape[1:], "[K] of mean", "mean", mean)
         weights = weights.to(mean.dtype if chosen == "reference" else _checks.statistics_dtype(mean.dtype))
     if chosen == "reference":
         return reference.gaussian_kl(mean, logvar, weights=weights, reduction=reduction)

@@ -60,9 +60,7 @@ def reparameterize(
     >>> z = reparameterize(torch.zeros(64, 10), torch.zeros(64, 10), generator=torch.Generator().manual_seed(0))
     """
     _checks.floating("mean", mean)
-    _checks.floating("logvar", logvar)
-    _checks.shape("logvar", logvar, mean.shape, "that of mean")
-    _checks.same_device("logvar", logvar, "mean", mean)
+    _checks.beside("logvar", logvar, mean.shape, "that of mean", "mean", mean)
     mean, logvar = _checks.one_dtype(mean=mean, logvar=logvar)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is a {type(generator).__name__}; a torch.Generator or None is needed")
@@ -92,8 +90,10 @@ class _Reparameterize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         logvar, seed, kept = ctx.saved_tensors
-        if grad is None or (not ctx.needs_input_grad[1] and not torch.is_grad_enabled()):
-            return grad, None, None, None, None
+        if grad is None or not torch.is_grad_enabled():
+            wanted = grad is not None and ctx.needs_input_grad[1]
+            dlogvar = _column.kernels[ctx.backend].backward(grad, logvar, seed, kept) if wanted else None
+            return grad, dlogvar, None, None, None
         gradients = _autograd.backward(
             partial(_gradients, ctx.backend), partial(_reference, seed), (grad,),
             (_autograd.stand_in(logvar.shape, logvar), logvar), (seed, kept),

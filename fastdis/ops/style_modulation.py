@@ -155,14 +155,10 @@ def _check(
         raise ValueError(f"x has shape {list(x.shape)}; [B, C, *] is needed")
     batch, channels = x.shape[0], x.shape[1]
     for name, value in (("scale", scale), ("shift", shift)):
-        _checks.floating(name, value)
-        _checks.shape(name, value, (batch, channels), "[B, C] of x")
-        _checks.same_device(name, value, "x", x)
+        _checks.beside(name, value, (batch, channels), "[B, C] of x", "x", x)
     for name, optional in (("weight", weight), ("bias", bias)):
         if optional is not None:
-            _checks.floating(name, optional)
-            _checks.shape(name, optional, (channels,), "[C] of x")
-            _checks.same_device(name, optional, "x", x)
+            _checks.beside(name, optional, (channels,), "[C] of x", "x", x)
     if not isinstance(groups, int) or isinstance(groups, bool):
         raise TypeError(f"groups is {groups!r}; an integer is needed: 0, or a divisor of the channels")
     if groups < 0 or (groups > 0 and channels % groups != 0):

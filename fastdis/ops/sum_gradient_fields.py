@@ -85,19 +85,17 @@ def check_fields(images: dict[str, Tensor], fields: Tensor) -> list[Tensor]:
     TypeError, ValueError
         As :func:`sum_gradient_fields`.
     """
-    first_name, first = next(iter(images.items()))
+    first_name = next(iter(images))
+    first = images[first_name]
     _checks.floating(first_name, first)
-    shape, dtype, device, alike = first.shape, first.dtype, first.device, True
+    shape, dtype = first.shape, first.dtype
     if len(shape) < 2:
         raise ValueError(f"{first_name} has shape {list(shape)}; [B, *] with a dimension besides B is needed")
+    alike = True
     for name, image in images.items():
-        if not isinstance(image, Tensor) or image.dtype is not dtype:
-            _checks.floating(name, image)
-            alike = False
-        if image.shape != shape:
-            _checks.shape(name, image, shape, f"that of {first_name}")
-        if image.device != device:
-            _checks.same_device(name, image, first_name, first)
+        if image is not first:
+            _checks.beside(name, image, shape, f"that of {first_name}", first_name, first)
+            alike = alike and image.dtype is dtype
     if not isinstance(fields, Tensor) or fields.dtype is not dtype:
         _checks.floating("fields", fields)
         alike = False
@@ -108,7 +106,7 @@ def check_fields(images: dict[str, Tensor], fields: Tensor) -> list[Tensor]:
             f"fields has shape {list(found)}; [B, N, *] = [{', '.join(map(str, (batch, 'N', *rest)))}] as "
             f"{first_name} has it is needed"
         )
-    if fields.device != device:
+    if fields.device != first.device:
         _checks.same_device("fields", fields, first_name, first)
     return [*images.values(), fields] if alike else _checks.one_dtype(**images, fields=fields)
 

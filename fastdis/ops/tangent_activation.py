@@ -88,9 +88,7 @@ def tangent_activation(
         _checks.same_device("directions", directions, "rows", rows)
         named["directions"] = directions
     if bias is not None:
-        _checks.floating("bias", bias)
-        _checks.shape("bias", bias, rows.shape[2:3], "[C] of rows")
-        _checks.same_device("bias", bias, "rows", rows)
+        _checks.beside("bias", bias, rows.shape[2:3], "[C] of rows", "rows", rows)
         named["bias"] = bias
     named = dict(zip(named, _checks.one_dtype(**named), strict=True))
     _checks.one_of("activation", activation, ACTIVATIONS)

@@ -87,9 +87,7 @@ def total_correlation(
     if z.dim() < 2:
         raise ValueError(f"z has shape {list(z.shape)}; [*, B, K] is needed")
     for name, value in (("mean", mean), ("logvar", logvar)):
-        _checks.floating(name, value)
-        _checks.shape(name, value, z.shape, "that of z")
-        _checks.same_device(name, value, "z", z)
+        _checks.beside(name, value, z.shape, "that of z", "z", z)
     z, mean, logvar = _checks.one_dtype(z=z, mean=mean, logvar=logvar)
     _checks.one_of("estimator", estimator, ESTIMATORS)
     if not isinstance(dataset_size, int) or isinstance(dataset_size, bool):

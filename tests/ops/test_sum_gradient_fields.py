@@ -41,6 +41,7 @@ class TestSumGradientFields(ColumnSuite):
             fields_sample("one_of_each", 1, 1, 1),
             fields_sample("blocks", 3, 5, 4100, weights="each", gradcheck=False, slow_in_interpreter=True),
             fields_sample("one_sample", 1, 7, 3, 70, 60, gradcheck=False, slow_in_interpreter=True),
+            fields_sample("stretches", 2, 12, 12300, weights="each", gradcheck=False, slow_in_interpreter=True),
             fields_sample("no_sample", 0, 3, 4, weights="each", empty=True),
             fields_sample("no_factor", 2, 0, 4, weights="shared", empty=True),
             fields_sample("no_element", 2, 3, 0, empty=True),
@@ -76,7 +77,7 @@ def test_channels_last_images_stay_so_and_are_not_copied():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_any_number_of_factors(weighted):
-    """The CPU kernel reads ten fields at a time."""
+    """The CPU kernel reads up to ten fields at once, and more five at a time."""
     for factors in range(32):
         noise, fields = draw(2, 67, seed=1).float(), draw(2, factors, 67, seed=2).float()
         weights = draw(factors, seed=3).float() if weighted else None
@@ -101,6 +102,14 @@ def test_a_number_that_was_first_met_under_a_transform_is_not_kept_in_its_wrappe
     torch.func.grad(lambda fields: fastdis.sum_gradient_fields(noise, fields, number).sum())(fields)
     (kept,) = _checks.per_sample("noise", noise, coefficient=number)
     assert not torch._C._functorch.is_functorch_wrapped_tensor(kept)
+
+
+def test_constants_are_kept_for_a_few_numbers_only():
+    noise, fields = torch.zeros(1, 5), torch.ones(1, 3, 5)
+    for number in range(3 * _checks.KEPT):
+        shifted = fastdis.sum_gradient_fields(noise, fields, number)
+        assert torch.equal(shifted, torch.full_like(noise, 3 * number))
+    assert len(_checks._kept) <= _checks.KEPT
 
 
 def test_bad_arguments_are_refused_by_name():
