@@ -39,18 +39,20 @@ struct StepForward {
                                  const accumulate_t<T>* weights, Step<accumulate_t<T>> s, T* x_prev, T* x0,
                                  int64_t factors, int64_t size, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
-    A sums[field_block];
-    for (; first < last; first += field_block) {
-      const int64_t count = std::min(field_block, last - first);
-      sum_fields(fields + first, weights, factors, size, count, sums);
-      const T* fresh = eta == nullptr ? zero_block<T> : eta + first;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        const A e = load(noise + first, i) - s.d * sums[i];
-        const A clean = (load(x + first, i) - s.d * e) * s.inverse;
-        store(x0 + first, i, clean);
-        store(x_prev + first, i, s.p * clean + s.q * e + s.sigma * load(fresh, i));
-      }
+    // Writes the clean image; returns the step without fresh noise.
+    const auto step = [&](int64_t i, A sum) FASTDIS_INLINE_LAMBDA {
+      const A e = load(noise, i) - s.d * sum;
+      const A clean = (load(x, i) - s.d * e) * s.inverse;
+      store(x0, i, clean);
+      return s.p * clean + s.q * e;
+    };
+    if (eta == nullptr) {
+      sum_fields(fields, weights, factors, size, first, last,
+                 [&](int64_t i, A sum) FASTDIS_INLINE_LAMBDA { store(x_prev, i, step(i, sum)); });
+    } else {
+      sum_fields(fields, weights, factors, size, first, last, [&](int64_t i, A sum) FASTDIS_INLINE_LAMBDA {
+        store(x_prev, i, step(i, sum) + s.sigma * load(eta, i));
+      });
     }
   }
 };

@@ -40,10 +40,11 @@ struct TermsForward {
                                  Terms<accumulate_t<T>> t, T* shifted, T* x0, T* x0_selected, accumulate_t<T>* squares,
                                  int64_t selected, int64_t factors, int64_t size, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
-    A sums[field_block], total = 0;
-    for (; first < last; first += field_block) {
-      const int64_t count = std::min(field_block, last - first);
-      sum_fields(fields + first, ones, factors, size, count, sums);
+    A sums[field_stretch], total = 0;
+    for (; first < last; first += field_stretch) {
+      const int64_t count = std::min(field_stretch, last - first);
+      sum_fields(fields, ones, factors, size, first, first + count,
+                 [&](int64_t i, A sum) FASTDIS_INLINE_LAMBDA { sums[i - first] = sum; });
       const T* field = fields + selected * size + first;  // still in cache
       A sum = 0;
 #pragma omp simd reduction(+ : sum)

@@ -1,7 +1,7 @@
 // What the ops on sub-gradient fields share on the CPU: the walk over samples and the weighted sum of fields.
 //
-// Samples are cut into blocks whose running sums stay in the nearest cache, so that every field is read once and
-// nothing but results is written.
+// Samples are cut into stretches whose running sums stay in a near cache, so that every field is read once and nothing
+// but results is written.
 
 #pragma once
 
@@ -14,6 +14,9 @@
 namespace fastdis {
 
 constexpr int64_t field_block = 2048;
+// Elements of each field that are read in a row: reading many fields side by side is at memory's pace only where each
+// is read for long.
+constexpr int64_t field_stretch = 6 * field_block;
 
 // Stands in for a block of an image that is absent.
 template <class T>
@@ -67,36 +70,52 @@ class FieldWeights {
   int64_t stride_;  // from sample to sample
 };
 
-// sums[i] = sum_n weights_n fields[n * size + i] over `factors` fields, to what is there unless they are the first.
-template <int factors, bool first, class T>
+// finish(i, sum_n weights_n fields[n * size + i]) over `factors` fields for i < count, added to sums[i] unless they are
+// the first.
+template <int factors, bool first, class T, class Finish>
 FASTDIS_INLINE void sum_group(const T* fields, const accumulate_t<T>* weights, int64_t size, int64_t count,
-                              accumulate_t<T>* sums) {
+                              const accumulate_t<T>* sums, const Finish& finish) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     accumulate_t<T> sum = first ? accumulate_t<T>(0) : sums[i];
 #pragma GCC unroll 10
     for (int n = 0; n < factors; ++n) sum += weights[n] * load(fields + n * size, i);
-    sums[i] = sum;
+    finish(i, sum);
   }
 }
 
 // The first `factors` fields, at most `most`.
-template <int most, class T>
+template <int most, class T, class Finish>
 FASTDIS_INLINE void sum_first(const T* fields, const accumulate_t<T>* weights, int64_t factors, int64_t size,
-                              int64_t count, accumulate_t<T>* sums) {
-  if (factors == most) return sum_group<most, true>(fields, weights, size, count, sums);
-  if constexpr (most > 0) sum_first<most - 1>(fields, weights, factors, size, count, sums);
+                              int64_t count, const Finish& finish) {
+  if (factors == most) return sum_group<most, true, T>(fields, weights, size, count, nullptr, finish);
+  if constexpr (most > 0) sum_first<most - 1>(fields, weights, factors, size, count, finish);
 }
 
-// sums[i] = sum_n weights_n fields[n * size + i] for i < count. Many fields at a time, because a core waits less for
-// memory that it reads at many places.
-template <class T>
+// finish(i, sum_n weights_n fields[n * size + i]) for i from `begin` to `end`. A few fields are read at once. More are
+// read a group at a time, since fields of a power of two would push each other out of the nearest cache; their sums
+// wait in a near one.
+template <class T, class Finish>
 FASTDIS_INLINE void sum_fields(const T* fields, const accumulate_t<T>* weights, int64_t factors, int64_t size,
-                               int64_t count, accumulate_t<T>* sums) {
-  constexpr int group = 10;
-  int64_t n = factors == 0 ? 0 : (factors - 1) % group + 1;
-  sum_first<group>(fields, weights, n, size, count, sums);
-  for (; n < factors; n += group) sum_group<group, false>(fields + n * size, weights + n, size, count, sums);
+                               int64_t begin, int64_t end, const Finish& finish) {
+  using A = accumulate_t<T>;
+  constexpr int few = 10, group = 5;
+  if (factors <= few) {
+    const auto at_once = [&](int64_t i, A sum) FASTDIS_INLINE_LAMBDA { finish(begin + i, sum); };
+    return sum_first<few>(fields + begin, weights, factors, size, end - begin, at_once);
+  }
+  A sums[field_stretch];
+  const auto keep = [&](int64_t i, A sum) FASTDIS_INLINE_LAMBDA { sums[i] = sum; };
+  for (; begin < end; begin += field_stretch) {
+    const int64_t count = std::min(field_stretch, end - begin);
+    int64_t n = (factors - 1) % group + 1;
+    sum_first<group>(fields + begin, weights, n, size, count, keep);
+    for (; n < factors; n += group) {
+      sum_group<group, false>(fields + begin + n * size, weights + n, size, count, sums, keep);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) finish(begin + i, sums[i]);
+  }
 }
 
 inline Tensor empty_image(const Tensor& tensor) {

@@ -15,13 +15,9 @@ struct SumForward {
   static FASTDIS_INLINE void run(const T* noise, const T* fields, accumulate_t<T> coefficient,
                                  const accumulate_t<T>* weights, T* to, int64_t factors, int64_t size, int64_t first,
                                  int64_t last) {
-    accumulate_t<T> sums[field_block];
-    for (; first < last; first += field_block) {
-      const int64_t count = std::min(field_block, last - first);
-      sum_fields(fields + first, weights, factors, size, count, sums);
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) store(to + first, i, load(noise + first, i) + coefficient * sums[i]);
-    }
+    sum_fields(fields, weights, factors, size, first, last, [&](int64_t i, accumulate_t<T> sum) FASTDIS_INLINE_LAMBDA {
+      store(to, i, load(noise, i) + coefficient * sum);
+    });
   }
 };
 

@@ -49,6 +49,10 @@ class TestDdimStep(ColumnSuite):
             step_sample("everything", 2, 3, 4, weights="each", eta=True),
             step_sample("one_of_each", 1, 1, 1, schedule=False),
             step_sample("blocks", 3, 5, 4100, weights="each", eta=True, gradcheck=False, slow_in_interpreter=True),
+            step_sample("stretches", 2, 12, 12300, eta=True, gradcheck=False, slow_in_interpreter=True),
+            step_sample(
+                "stretches_without_eta", 2, 11, 12300, schedule=False, gradcheck=False, slow_in_interpreter=True
+            ),
             step_sample("no_sample", 0, 3, 4, eta=True, empty=True, schedule=False),
             step_sample("no_element", 2, 3, 0, empty=True, schedule=False),
         ]

@@ -34,6 +34,7 @@ class TestDisDiffTerms(ColumnSuite):
             terms_sample("one_of_each", 1, 1, 1),
             terms_sample("blocks", 3, 5, 4100, gradcheck=False, slow_in_interpreter=True),
             terms_sample("one_sample", 1, 6, 3, 70, 60, gradcheck=False, slow_in_interpreter=True),
+            terms_sample("stretches", 2, 12, 12300, gradcheck=False, slow_in_interpreter=True),
             terms_sample("no_sample", 0, 3, 4, empty=True),
         ]
 
