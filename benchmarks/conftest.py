@@ -121,8 +121,9 @@ def pytest_terminal_summary(terminalreporter, config):
     console.print(table)
     console.print(
         "Columns with x: that peer's time over ours, higher is better, below 1 is a loss. clone: a copy of the input "
-        "by torch. beside: no peer, but a read of the largest input, our kernels in an autograd function that does "
-        "nothing else, or ours with the products by MKL. memory: the most held beyond the inputs, over the inputs."
+        "by torch. beside: no peer, but a read of the largest input, torch's read and copies of all that we read and "
+        "write, our kernels in an autograd function that does nothing else, or ours with the products by MKL. memory: "
+        "the most held beyond the inputs, over the inputs."
     )
 
 

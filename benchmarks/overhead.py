@@ -1,7 +1,8 @@
 """What a call costs where there is next to nothing to compute: ``python benchmarks/overhead.py``.
 
 Prints microseconds, medians on one thread, of every op forward (no gradients) and forward + backward, with torch's relu
-for comparison.
+and a sum of fields by the library for comparison: call after call, and cold, after other work that filled the caches,
+as where a large model runs between two calls.
 """
 
 import statistics
@@ -11,23 +12,26 @@ import torch
 
 import fastdis
 
-CALLS = 2000
+CALLS = {"warm": 2000, "cold": 100}
+OTHER_WORK = 2**25  # numbers to read: more than any cache holds
 
 
 def inputs(*shapes):
     return [torch.randn(*shape).requires_grad_() for shape in shapes]
 
 
-def median_microseconds(run):
+def median_microseconds(run, state, other):
     seconds = []
-    for _ in range(CALLS):
+    for _ in range(CALLS[state]):
+        if state == "cold":
+            other.sum()
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds) * 1e6
 
 
-def overhead(op, tensors):
+def overhead(op, tensors, state, other):
     """Microseconds of a call, and of a call with its gradients."""
 
     def forward():
@@ -39,7 +43,7 @@ def overhead(op, tensors):
         results = [r for r in (results if isinstance(results, tuple) else (results,)) if r.requires_grad]
         torch.autograd.grad(results, tensors, [torch.ones_like(r) for r in results])
 
-    return median_microseconds(forward), median_microseconds(both)
+    return median_microseconds(forward, state, other), median_microseconds(both, state, other)
 
 
 def calls():
@@ -48,6 +52,7 @@ def calls():
     selected, labels = torch.tensor([0, 1]), torch.tensor([0, 1, 1])
     return {
         "torch.relu": (torch.relu, inputs(row)),
+        "torch.add(noise, fields.sum(1))": (lambda n, f: torch.add(n, f.sum(1), alpha=0.5), inputs(row, field)),
         "style_modulation": (
             lambda x, a, b: fastdis.style_modulation(x, a, b, groups=4),
             inputs(image, (2, 4), (2, 4)),
@@ -71,7 +76,9 @@ def calls():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(f"{'op':<22}{'forward':>9}{'forward + backward':>20}   microseconds a call")
+    other = torch.randn(OTHER_WORK)
+    print(f"{'':<33}{'call after call':^32}{'cold':^32}   microseconds")
+    print(f"{'':<33}" + 2 * f"{'forward':>12}{'forward + backward':>20}")
     for name, (op, tensors) in calls().items():
-        forward, both = overhead(op, tensors)
-        print(f"{name:<22}{forward:>9.0f}{both:>20.0f}")
+        warm, cold = (overhead(op, tensors, state, other) for state in CALLS)
+        print(f"{name:<33}" + "".join(f"{forward:>12.0f}{both:>20.0f}" for forward, both in (warm, cold)))

@@ -1,7 +1,7 @@
 """A DDIM step under sub-gradient fields against eager code as published and torch.compile."""
 
 import torch
-from bench_sum_gradient_fields import read
+from bench_sum_gradient_fields import read, same_bytes
 from column_bench import Case, ColumnBench
 
 import fastdis
@@ -24,7 +24,7 @@ class KernelsAlone(torch.autograd.Function):
         return dx, dnoise, dtotal.expand(ctx.shape), None
 
 
-def case(name, batch, factors, *size, eta=False, targets, quick=False):
+def case(name, batch, factors, *size, eta=False, sets=1, targets, quick=False):
     images = {"x": torch.randn(batch, *size), "noise": torch.randn(batch, *size),
               "fields": torch.randn(batch, factors, *size)}  # fmt: skip
     options = {"alpha_bar": 0.5, "alpha_bar_prev": 0.55}
@@ -48,8 +48,11 @@ def case(name, batch, factors, *size, eta=False, targets, quick=False):
     image, fields = images["x"].nbytes, images["fields"].nbytes
     forward = fields + (4 + eta) * image
     floor = {"forward": (forward, 0.0), "forward+backward": (forward + (5 + eta) * image, 0.0)}
-    beside = {"forward": {"read": read}, "forward+backward": {} if eta else {"kernels": kernels}}
-    return Case(name, images, options, {"library": library}, floor, targets, quick, beside)
+    beside = {
+        "forward": {"read": read} if eta else {"read": read, "same bytes": same_bytes},
+        "forward+backward": {} if eta else {"kernels": kernels},
+    }
+    return Case(name, images, options, {"library": library}, floor, targets, quick, beside, sets=sets)
 
 
 class BenchDdimStep(ColumnBench):
@@ -63,6 +66,7 @@ class BenchDdimStep(ColumnBench):
         paper = {"forward+backward": {"fastest": 1.5}}
         return [
             case("[32,20,3,64,64]", 32, 20, 3, 64, 64, targets=large),
+            case("from memory [32,20,3,64,64]", 32, 20, 3, 64, 64, sets=4, targets=large),
             case("[128,6,3,16,16]", 128, 6, 3, 16, 16, targets=paper, quick=True),
             case("eta [128,6,3,16,16]", 128, 6, 3, 16, 16, eta=True, targets=paper),
         ]

@@ -13,6 +13,11 @@ def read(fields, **_):
     return fields.sum()
 
 
+def same_bytes(fields, **images):
+    """Torch's own read of the fields, and a copy of each image: what is read and written, with nothing computed."""
+    return fields.sum(), [image.clone() for image in images.values()]
+
+
 class KernelsAlone(torch.autograd.Function):
     """Our two kernels and nothing else: no autograd function in Python can take less."""
 
@@ -27,7 +32,7 @@ class KernelsAlone(torch.autograd.Function):
         return grad, kernel(grad, None, ctx.coefficient, None, True)[0].expand(ctx.shape), None
 
 
-def case(name, batch, factors, *size, weighted=False, targets, quick=False):
+def case(name, batch, factors, *size, weighted=False, sets=1, targets, quick=False):
     noise, fields = torch.randn(batch, *size), torch.randn(batch, factors, *size)
     weights = torch.rand(factors) if weighted else None
 
@@ -53,7 +58,9 @@ def case(name, batch, factors, *size, weighted=False, targets, quick=False):
     return Case(
         name, {"noise": noise, "fields": fields}, {"coefficient": -0.5, "weights": weights},
         {"loop": loop, "library": library}, floor, targets, quick,
-        {"forward": {"read": read}, "forward+backward": {} if weighted else {"kernels": kernels}},
+        {"forward": {"read": read, "same bytes": same_bytes},
+         "forward+backward": {} if weighted else {"kernels": kernels}},
+        sets=sets,
     )  # fmt: skip
 
 
@@ -68,6 +75,7 @@ class BenchSumGradientFields(ColumnBench):
         paper = {"forward+backward": {"fastest": 1.5}}
         return [
             case("[32,20,3,64,64]", 32, 20, 3, 64, 64, targets=large),
+            case("from memory [32,20,3,64,64]", 32, 20, 3, 64, 64, sets=4, targets=large),
             case("[128,6,3,16,16]", 128, 6, 3, 16, 16, targets=paper, quick=True),
             case("weights [128,6,3,16,16]", 128, 6, 3, 16, 16, weighted=True, targets={}),
         ]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +38,8 @@ class Case:
     ``floor`` gives, by pass, the bytes that must move and the floating-point operations that must be done.
     ``yardsticks`` are timed beside the peers without being one, by pass: plain calls forward, and functions to
     differentiate forward + backward. ``without`` names peers among ``"eager"`` and ``"compile"`` that do not fit this
-    machine's memory; correctness is then checked on other tensors, ``checked``.
+    machine's memory; correctness is then checked on other tensors, ``checked``. ``sets`` is the number of copies of the
+    tensors that every contender has and takes in turn: with more of them than a cache holds they come from memory.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Case:
     yardsticks: dict[str, dict[str, Callable[..., Any]]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     checked: dict[str, Tensor] | None = None
+    sets: int = 1
 
 
 @dataclass
@@ -108,6 +111,12 @@ def passes_of(op: Callable[..., Tensor], case: Case) -> dict[str, Callable[[], A
         return (*outputs, *torch.autograd.grad(outputs, wanted, grads))
 
     return {"forward": forward, "forward+backward": forward_backward}
+
+
+def in_turn(runs: Iterable[Callable[[], Any]]) -> Callable[[], Any]:
+    """A call of the next of these, the first after the last."""
+    turns = cycle(runs)
+    return lambda: next(turns)()
 
 
 def peak_extra_bytes(run: Callable[[], Any]) -> int | None:
@@ -195,12 +204,17 @@ class ColumnBench:
         torch.compiler.reset()
         peers = {"eager": reference, **case.peers, "compile": torch.compile(reference, dynamic=False)}
         peers = {k: p for k, p in peers.items() if k not in case.without}
-        contenders = {"ours": Contender(passes_of(ours, case)[direction])}
-        contenders |= {peer: Contender(passes_of(function, case)[direction]) for peer, function in peers.items()}
+
+        def contender(function: Callable[..., Any]) -> Contender:
+            return Contender(in_turn([passes_of(function, case)[direction] for _ in range(case.sets)]))
+
+        def plain(function: Callable[..., Any]) -> Contender:
+            copies = [{k: t.clone() for k, t in case.tensors.items()} for _ in range(case.sets)]
+            return Contender(in_turn([partial(function, **tensors) for tensors in copies]))
+
+        contenders = {name: contender(function) for name, function in ({"ours": ours} | peers).items()}
         for name, yardstick in case.yardsticks.get(direction, {}).items():
-            plain = direction == "forward"
-            run = partial(yardstick, **case.tensors) if plain else passes_of(yardstick, case)[direction]
-            contenders[name] = Contender(run)
+            contenders[name] = (plain if direction == "forward" else contender)(yardstick)
         if direction == "forward":
             contenders["clone"] = Contender(next(iter(case.tensors.values())).clone)
         inputs = sum(t.nbytes for t in case.tensors.values())
