@@ -17,7 +17,8 @@
 namespace fastdis {
 namespace {
 
-constexpr int64_t block = 512;
+// At most: tangents are read and written at memory's pace only where each is for long.
+constexpr int64_t block = 4096;
 constexpr int64_t piecewise_linear = 3;  // activations below this number: the sign of the output gives the slope
 
 template <class A>
@@ -328,16 +329,18 @@ struct Walk {
   Walk(const Layout& layout_, bool shared, bool by_columns_)
       : layout(layout_), sample(layout_.sample()), by_columns(by_columns_) {
     samples = layout.batch;
-    size = by_columns ? 64 : block;                      // columns alone have to make parts enough
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t most = std::clamp<int64_t>(layout.row() / (8 * threads), 512, block);  // several for every thread
+    size = by_columns ? 64 : most;                       // columns alone have to make parts enough
     if (!shared && layout.spatial == 1 && sample > 0) {  // small samples share a block
-      size = std::max<int64_t>(1, block / sample) * std::min(sample, block);
-      sample = sample <= block ? layout.row() : sample;
+      size = std::max<int64_t>(1, most / sample) * std::min(sample, most);
+      sample = sample <= most ? layout.row() : sample;
       samples = sample == layout.row() ? 1 : samples;
     }
     blocks = (sample + size - 1) / size;
     const int64_t tasks = by_columns ? blocks : blocks * samples;
     const bool serial = layout.row() * (1 + layout.tangents) < serial_elements;
-    parts = serial ? 1 : std::max<int64_t>(1, std::min<int64_t>(tasks, torch::stable::get_num_threads()));
+    parts = serial ? 1 : std::max<int64_t>(1, std::min<int64_t>(tasks, threads));
   }
 
   template <class Body>
