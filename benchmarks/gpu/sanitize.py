@@ -19,7 +19,8 @@ def main() -> None:
     device = parser.parse_args().device
     calls = 0
     for name, column in _backends.columns().items():
-        column.choose(device, device)  # the compiled kernels of that device, or an error that says why not
+        # The compiled kernels of that device, or an error that says why not.
+        column.choose(device, torch.empty(0, device=device))
         samples = [s for s in suite_of(name).samples() if not s.empty]
         # Every dtype on one sample, which is small; the first on the others.
         for sample, dtype in [(samples[0], d) for d in DTYPES] + [(s, DTYPES[0]) for s in samples[1:]]:

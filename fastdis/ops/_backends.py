@@ -57,8 +57,8 @@ class Column:
     choices: dict[tuple[str, str], str] = field(default_factory=dict)
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def choose(self, backend: str, device_type: str) -> str:
-        """Name the backend that serves ``backend`` on tensors of this device type.
+    def choose(self, backend: str, tensor: torch.Tensor) -> str:
+        """Name the backend that serves ``backend`` on tensors beside this one.
 
         Raises
         ------
@@ -67,6 +67,7 @@ class Column:
         RuntimeError
             If the backend asked for by name cannot serve here; never another one in its stead.
         """
+        device_type = "cpu" if tensor.is_cpu else tensor.device.type  # the former is cheaper to ask
         chosen = self.choices.get((backend, device_type))
         if chosen is not None:
             return chosen

@@ -42,7 +42,12 @@ def shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> No
 def beside(name: str, value: Any, wanted: tuple[int, ...], meaning: str, other_name: str, other: Tensor) -> None:
     """Check all of a floating tensor: its dtype, its shape, and that it is on the device of another."""
     # One step where nothing is wrong: what a call does before its kernel is read from memory where others run between.
-    if isinstance(value, Tensor) and value.dtype in DTYPES and value.shape == wanted and value.device == other.device:
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in DTYPES
+        and value.shape == wanted
+        and ((value.is_cpu and other.is_cpu) or value.device == other.device)
+    ):
         return
     floating(name, value)
     shape(name, value, wanted, meaning)

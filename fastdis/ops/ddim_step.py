@@ -91,8 +91,8 @@ def ddim_step(
     x = stored[0]
     _check_schedule(alpha_bar, alpha_bar_prev, sigma, eta_noise)
     schedule = _checks.per_sample("x", x, alpha_bar=alpha_bar, alpha_bar_prev=alpha_bar_prev, sigma=sigma)
-    weights = check_weights(weights, fields)
-    chosen = _column.choose(backend, x.device.type)
+    weights = None if weights is None else check_weights(weights, fields)
+    chosen = _column.choose(backend, x)
     (x, noise, *eta), fields, last = as_stored(stored, fields)
     eta_noise = eta[0] if eta else None
     if chosen == "reference":

@@ -164,7 +164,7 @@ def _decode(decoder: Callable[[Any], Any], z: Tensor, backend: str) -> _jets.Jet
     _checks.floating("z", z)
     if z.dim() != 2 or z.shape[1] == 0:
         raise ValueError(f"z has shape {list(z.shape)}; [B, K] with K >= 1 is needed")
-    backend = _backends.columns()["tangent_activation"].choose(backend, z.device.type)
+    backend = _backends.columns()["tangent_activation"].choose(backend, z)
     if isinstance(decoder, nn.Module):
         for name, module in decoder.named_modules():
             # Before it runs, because a BatchNorm in training mode counts the batch first.

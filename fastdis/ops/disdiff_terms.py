@@ -100,7 +100,7 @@ def disdiff_terms(
     if isinstance(alpha_bar_prev, (int, float)) and not 0 < alpha_bar_prev <= 1:
         raise ValueError(f"alpha_bar_prev is {alpha_bar_prev}; a number in (0, 1] is needed")
     alpha_bar, alpha_bar_prev = _checks.per_sample("x", x, alpha_bar=alpha_bar, alpha_bar_prev=alpha_bar_prev)
-    chosen = _column.choose(backend, x.device.type)
+    chosen = _column.choose(backend, x)
     (x, noise), fields, last = as_stored((x, noise), fields)
     if chosen == "reference":
         *images, weight = reference.disdiff_terms(x, noise, fields, selected, alpha_bar, alpha_bar_prev)

@@ -63,7 +63,7 @@ def gaussian_kl(
         raise ValueError(f"mean has shape {list(mean.shape)}; [B, K] is needed")
     _checks.beside("logvar", logvar, mean.shape, "that of mean", "mean", mean)
     mean, logvar = _checks.one_dtype(mean=mean, logvar=logvar)
-    chosen = _column.choose(backend, mean.device.type)
+    chosen = _column.choose(backend, mean)
     if weights is not None:
         _checks.beside("weights", weights, mean.shape[1:], "[K] of mean", "mean", mean)
         weights = weights.to(mean.dtype if chosen == "reference" else _checks.statistics_dtype(mean.dtype))

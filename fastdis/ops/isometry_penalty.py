@@ -65,7 +65,7 @@ def isometry_penalty(jacobian: Tensor, kind: str = "isometry", *, backend: str =
     """
     _checks.one_of("kind", kind, KINDS)
     jacobian = as_rows(jacobian)
-    chosen = _column.choose(backend, jacobian.device.type)
+    chosen = _column.choose(backend, jacobian)
     if chosen == "reference":
         return reference.isometry_penalty(jacobian, kind)
     return _autograd.apply(_IsometryPenalty, jacobian, KINDS.index(kind), chosen)[0]

@@ -47,7 +47,7 @@ def jacobian_gram(jacobian: Tensor, *, backend: str = "auto") -> Tensor:
     >>> gram = jacobian_gram(torch.randn(32, 8, 12288))
     """
     jacobian = as_rows(jacobian)
-    chosen = _column.choose(backend, jacobian.device.type)
+    chosen = _column.choose(backend, jacobian)
     if chosen == "reference":
         return reference.jacobian_gram(jacobian)
     return _autograd.apply(_JacobianGram, jacobian, chosen)

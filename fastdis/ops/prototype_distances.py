@@ -49,7 +49,7 @@ def prototype_distances(queries: Tensor, prototypes: Tensor, *, backend: str = "
     >>> nearest = distances.argmin(-1)
     """
     queries, prototypes, leading = as_episodes(queries, prototypes)
-    chosen = _column.choose(backend, queries.device.type)
+    chosen = _column.choose(backend, queries)
     if chosen == "reference":
         distances = reference.prototype_distances(queries, prototypes)
     else:

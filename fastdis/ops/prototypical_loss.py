@@ -72,7 +72,7 @@ def prototypical_loss(
         raise ValueError("prototypes has no rows; at least one prototype is needed")
     if len(leading) != 1:
         labels = labels.reshape(queries.shape[:2])
-    chosen = _column.choose(backend, queries.device.type)
+    chosen = _column.choose(backend, queries)
     if chosen == "reference":
         loss = reference.prototypical_loss(queries, prototypes, labels, reduction=reduction)
     else:

@@ -66,7 +66,7 @@ def reparameterize(
         raise TypeError(f"generator is a {type(generator).__name__}; a torch.Generator or None is needed")
     device = mean.device if generator is None else generator.device
     seed = torch.randint(2**63 - 1, (1,), generator=generator, device=device).to(mean.device)
-    chosen = _column.choose(backend, mean.device.type)
+    chosen = _column.choose(backend, mean)
     if chosen == "reference":
         return reference.reparameterize(mean, logvar, seed)
     keep = chosen == "cpu" and torch.is_grad_enabled() and logvar.requires_grad

@@ -77,7 +77,7 @@ def style_modulation(
     >>> y = style_modulation(x, 1 + style[:, 0], style[:, 1], groups=32, activation="silu")
     """
     _check(x, scale, shift, groups, weight, bias, activation)
-    chosen = _column.choose(backend, x.device.type)
+    chosen = _column.choose(backend, x)
     dtype = x.dtype if chosen == "reference" else _checks.statistics_dtype(x.dtype)
     scale, shift = scale.to(dtype), shift.to(dtype)
     weight = None if weight is None else weight.to(dtype)

@@ -67,8 +67,8 @@ def sum_gradient_fields(
     """
     noise, fields = check_fields({"noise": noise}, fields)
     (coefficient,) = _checks.per_sample("noise", noise, coefficient=coefficient)
-    weights = check_weights(weights, fields)
-    chosen = _column.choose(backend, noise.device.type)
+    weights = None if weights is None else check_weights(weights, fields)
+    chosen = _column.choose(backend, noise)
     (noise,), fields, last = as_stored((noise,), fields)
     if chosen == "reference":
         shifted = reference.sum_gradient_fields(noise, fields, coefficient, weights=weights)
@@ -87,7 +87,8 @@ def check_fields(images: dict[str, Tensor], fields: Tensor) -> list[Tensor]:
     """
     first_name = next(iter(images))
     first = images[first_name]
-    _checks.floating(first_name, first)
+    if not isinstance(first, Tensor) or first.dtype not in _checks.DTYPES:
+        _checks.floating(first_name, first)
     shape, dtype = first.shape, first.dtype
     if len(shape) < 2:
         raise ValueError(f"{first_name} has shape {list(shape)}; [B, *] with a dimension besides B is needed")
@@ -106,12 +107,12 @@ def check_fields(images: dict[str, Tensor], fields: Tensor) -> list[Tensor]:
             f"fields has shape {list(found)}; [B, N, *] = [{', '.join(map(str, (batch, 'N', *rest)))}] as "
             f"{first_name} has it is needed"
         )
-    if fields.device != first.device:
+    if not (fields.is_cpu and first.is_cpu) and fields.device != first.device:
         _checks.same_device("fields", fields, first_name, first)
     return [*images.values(), fields] if alike else _checks.one_dtype(**images, fields=fields)
 
 
-def check_weights(weights: Tensor | None, fields: Tensor) -> Tensor | None:
+def check_weights(weights: Tensor, fields: Tensor) -> Tensor:
     """Check weights [N] or [B, N] of fields [B, N, *]; return them in the statistics dtype.
 
     Raises
@@ -119,8 +120,6 @@ def check_weights(weights: Tensor | None, fields: Tensor) -> Tensor | None:
     TypeError, ValueError
         As :func:`sum_gradient_fields`.
     """
-    if weights is None:
-        return None
     _checks.floating("weights", weights)
     _checks.same_device("weights", weights, "fields", fields)
     if tuple(weights.shape) not in (tuple(fields.shape[:2]), tuple(fields.shape[1:2])):

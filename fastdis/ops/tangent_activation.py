@@ -95,7 +95,7 @@ def tangent_activation(
     if activation in PARAMETERS and not (parameter >= 0 if activation == "leaky_relu" else parameter > 0):
         least = "0 or more" if activation == "leaky_relu" else "more than 0"
         raise ValueError(f"parameter is {parameter}; as {PARAMETERS[activation]} of {activation} it has to be {least}")
-    chosen = _column.choose(backend, rows.device.type)
+    chosen = _column.choose(backend, rows)
     if chosen == "reference":
         output = reference.tangent_activation(**named, activation=activation, parameter=parameter)
         return (output[0], output[1:]) if split else output

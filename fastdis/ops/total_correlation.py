@@ -99,7 +99,7 @@ def total_correlation(
         raise ValueError(
             f"z has a batch of {batch} samples; estimator 'mss' needs from 2 to dataset_size = {dataset_size}"
         )
-    chosen = _column.choose(backend, z.device.type)
+    chosen = _column.choose(backend, z)
     if chosen == "reference":
         return AggregateDivergence(
             *reference.total_correlation(z, mean, logvar, dataset_size=dataset_size, estimator=estimator)
