@@ -87,8 +87,7 @@ def check_fields(images: dict[str, Tensor], fields: Tensor) -> list[Tensor]:
     """
     first_name = next(iter(images))
     first = images[first_name]
-    if not isinstance(first, Tensor) or first.dtype not in _checks.DTYPES:
-        _checks.floating(first_name, first)
+    _checks.floating(first_name, first)
     shape, dtype = first.shape, first.dtype
     if len(shape) < 2:
         raise ValueError(f"{first_name} has shape {list(shape)}; [B, *] with a dimension besides B is needed")
@@ -107,8 +106,7 @@ def check_fields(images: dict[str, Tensor], fields: Tensor) -> list[Tensor]:
             f"fields has shape {list(found)}; [B, N, *] = [{', '.join(map(str, (batch, 'N', *rest)))}] as "
             f"{first_name} has it is needed"
         )
-    if not (fields.is_cpu and first.is_cpu) and fields.device != first.device:
-        _checks.same_device("fields", fields, first_name, first)
+    _checks.same_device("fields", fields, first_name, first)
     return [*images.values(), fields] if alike else _checks.one_dtype(**images, fields=fields)
 
 
