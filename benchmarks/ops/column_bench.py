@@ -185,8 +185,8 @@ class ColumnBench:
 
     @classmethod
     def generate(cls, metafunc: pytest.Metafunc) -> None:
-        # The same numbers in every run: one draw in ten has a pre-activation within rounding of a kink, where a gradient
-        # in float32 may take another slope than the one in float64 that it is held to.
+        # The same numbers in every run: one draw in ten has a pre-activation within rounding of a kink, where a
+        # gradient in float32 may take another slope than the one in float64 that it is held to.
         torch.manual_seed(0)
         column = _backends.columns()[cls.name]
         backends = [b for b in _backends.BACKENDS if (b, "cpu") in column.choices and b != "reference"]
